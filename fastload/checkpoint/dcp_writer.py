@@ -36,13 +36,14 @@ from fastload import callers
 from fastload.checkpoint import attempts
 from fastload.checkpoint.attempts import opened, try_conditions
 from fastload.checkpoint.boxes import Box
+from fastload.checkpoint.images import Images
 from fastload.checkpoint.records import PATHS, plan_name
 from fastload.checkpoint.saving import Saving, checked_level
-from fastload.checkpoint.segments import Piece, lay_out
-from fastload.checkpoint.staging import Staging
+from fastload.checkpoint.segments import Piece
+from fastload.checkpoint.staging import Layout, stage, take_back
 from fastload.checkpoint.values import NAMES, check_sizes, encoded
-from fastload.checkpoint.writing import start
-from fastload.client.cache import AnyCache
+from fastload.checkpoint.writing import SMALL_BYTES, images_of, room_bytes, start
+from fastload.client.cache import AnyCache, handle_of
 from fastload.errors import CheckpointError, ConfigError, FastloadError
 from fastload.lifecycle import on_drop
 from fastload.protocol import Level
@@ -51,8 +52,6 @@ _log = logging.getLogger("fastload.checkpoint")
 # How long a rank waits for its part to be stored, and without collectives for the others to come to the same save; as
 # long as torch's ranks wait for each other.
 _DEADLINE_S = 1800.0
-# One for all writers: as a rule there is a new one for each checkpoint.
-_staging = Staging()
 
 
 class Writer(StorageWriter, AsyncStager):
@@ -90,10 +89,12 @@ class Writer(StorageWriter, AsyncStager):
         self._rank: int | None = None
         self._use_collectives = True
         self._attempt = ""  # that this process has begun, or agreed on
+        self._images: Images | None = None  # in which it has staged
+        self._is_staged = False
         self._finalizer: Any = None  # of one that it has begun and not finished
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "saving": None, "_finalizer": None}
+        return {**vars(self), "saving": None, "_finalizer": None, "_images": None}
 
     @property
     def checkpoint_id(self) -> str:
@@ -136,15 +137,18 @@ class Writer(StorageWriter, AsyncStager):
             self._storage_options,
             share.attempt,
             share.rank,
-            list(lay_out(held.pieces)),
+            held.pieces,
             held,
             held.others,
             cache=self._cache,
             until=self._until,
             commits=self._until != "store" and share.rank == 0,
             timeout_s=_DEADLINE_S,
+            is_staged=self._is_staged,
         )
+        self._is_staged = False
         self.saving.wait_while_moving(self._until, _DEADLINE_S)
+        take_back(self.saving, _DEADLINE_S)
         future: Future[list[WriteResult]] = Future()
         future.set_result([WriteResult(item.index, _size(item), None) for item in plan.items])
         return future
@@ -168,19 +172,28 @@ class Writer(StorageWriter, AsyncStager):
 
     def stage(self, state_dict: dict[str, Any]) -> Any:
         if not self._overlap:
-            return _staging.stage(state_dict)
+            return self._staged(state_dict)
         executor = ThreadPoolExecutor(1, "fastload-staging")
         try:
-            return executor.submit(_staging.stage, state_dict)
+            return executor.submit(self._staged, state_dict)
         finally:
             executor.shutdown(wait=False)
+
+    def _staged(self, state: dict[str, Any]) -> dict[str, Any]:
+        layout = Layout.of(state)
+        if self._until == "store" and layout.data_bytes < SMALL_BYTES:
+            return stage(state, layout, None, 0, _DEADLINE_S)
+        handle = handle_of(self._cache)
+        self._images, self._is_staged = images_of(handle), True
+        return stage(state, layout, self._images, room_bytes(handle), _DEADLINE_S)
 
     def synchronize_staging(self) -> None:
         """Nothing is left to wait for, when `stage` has returned a state."""
 
     def close(self) -> None:
         """Give back the memory into which states were copied, once they are saved."""
-        _staging.release()
+        if self._images is not None:
+            self._images.give_back()
 
     def _begin(self, rank_count: int) -> str:
         _give_up_failed()

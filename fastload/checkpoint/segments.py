@@ -88,6 +88,70 @@ def lay_out(pieces: Sequence[Piece], segment_bytes: int = SEGMENT_BYTES) -> Iter
         yield _segment(group)
 
 
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """Segments in memory that holds their pieces already: where each segment begins, and where what is behind them may;
+    and which bytes have to be moved for that: from where, to where, how many.
+    """
+
+    segments: list[Segment]
+    starts: list[int]
+    moves: list[tuple[int, int, int]]
+
+
+def arrange(placed: Sequence[tuple[Piece, int]], segment_bytes: int = SEGMENT_BYTES) -> Arrangement | None:
+    """Segments of pieces that lie in memory from these offsets on. What lies where it is to be stays there: the memory
+    was laid out in the expectation of all these pieces, with room for headers, and some may be missing now. None where
+    two of them overlap.
+    """
+    parts: list[tuple[Piece, int]] = []
+    for piece, at in sorted(placed, key=lambda each: (not each[0].length, each[1])):
+        if parts and piece.length and at < parts[-1][1] + parts[-1][0].length:
+            return None
+        for part in cut_to([piece], segment_bytes):
+            parts.append((part, at))
+            at += part.length
+    arrangement = Arrangement([], [], [])
+    end = 0
+    for group in _groups_in_place(parts, segment_bytes):
+        # Empty ones, which are at the end, have no place.
+        segment = _segment([piece for piece, _ in group])
+        first, header = group[0][1], len(segment.header)
+        begins_in_place = group[0][0].length and first % PAGE_BYTES == 0 and first - header >= end
+        start = first - header if begins_in_place else end
+        at = start + header
+        for piece, source in group:
+            if piece.length and source != at:
+                arrangement.moves.append((source, at, piece.length))
+            at += piece.length
+        arrangement.segments.append(segment)
+        arrangement.starts.append(start)
+        end = -(-at // PAGE_BYTES) * PAGE_BYTES
+    arrangement.starts.append(end)
+    return arrangement
+
+
+def _groups_in_place(parts: Sequence[tuple[Piece, int]], segment_bytes: int) -> Iterator[list[tuple[Piece, int]]]:
+    group: list[tuple[Piece, int]] = []
+    keys: set[str] = set()
+    held = end = width = 0
+    for piece, at in parts:
+        is_full = held + piece.length > segment_bytes or piece.key in keys or len(group) == _ENTRIES_MAX
+        is_wider = piece.length > 0 and DTYPES[piece.dtype] > width
+        # Else what has gone from one segment would move all that is behind it.
+        is_worth_it = held * 4 >= segment_bytes or piece.length * 2 > segment_bytes
+        stays = is_worth_it and piece.length and at % PAGE_BYTES == 0 and at - end >= PAGE_BYTES
+        if group and (is_full or is_wider or stays):
+            yield group
+            group, keys, held = [], set(), 0
+        group.append((piece, at))
+        keys.add(piece.key)
+        held, end = held + piece.length, at + piece.length
+        width = DTYPES[piece.dtype] if piece.length else width
+    if group:
+        yield group
+
+
 def cut_to(pieces: Sequence[Piece], bytes_max: int) -> Iterator[Piece]:
     """The same, of at most so many bytes each."""
     for piece in pieces:

@@ -24,7 +24,7 @@ from fastload.checkpoint.gathering import Bytes, gather, stored_order, wanted
 from fastload.checkpoint.reading import read
 from fastload.checkpoint.records import PATHS, Contents, Reference, new_attempt
 from fastload.checkpoint.saving import WAIT_S, Saving, checked_level
-from fastload.checkpoint.segments import Piece, lay_out
+from fastload.checkpoint.segments import Piece
 from fastload.checkpoint.values import NAMES, array_of, check_sizes, decoded, dtype_of, encoded, paths_of
 from fastload.checkpoint.writing import data_of, start
 from fastload.client.cache import AnyCache, directory_of
@@ -123,7 +123,7 @@ def save_at(
         storage_options,
         attempt,
         0,
-        list(lay_out(pieces)),
+        pieces,
         tensors,
         values,
         references,

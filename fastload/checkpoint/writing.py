@@ -1,6 +1,7 @@
 """What a rank saves, on its way from tensors to the store.
 
-It is copied once, into an image (`images`), which holds the segments as they will be stored. The node's cache service
+It is copied once, into an image (`images`), which holds the segments as they will be stored; what `async_save` has
+staged lies in one already. The node's cache service
 takes it from there (`start`), and the trainer goes on. What is too large for that, or so small that it is not worth it
 for a call that waits for the store anyway, goes straight to the store (`store_segments`); and so does all where no
 service can be had.
@@ -27,12 +28,22 @@ from fastload.checkpoint.commit import Step
 from fastload.checkpoint.images import Image, Images
 from fastload.checkpoint.records import Part, Record, Reference, object_name
 from fastload.checkpoint.saving import WAIT_S, Here, Saving, Stored, checked_level
-from fastload.checkpoint.segments import BLOCK_BYTES, PAGE_BYTES, Piece, Segment, checksums
+from fastload.checkpoint.segments import (
+    BLOCK_BYTES,
+    PAGE_BYTES,
+    Arrangement,
+    Piece,
+    Segment,
+    arrange,
+    checksums,
+    lay_out,
+)
+from fastload.checkpoint.staging import home_of
 from fastload.checkpoint.values import DTYPES, bytes_of
 from fastload.client.cache import AnyCache, Handle, handle_of
 from fastload.client.saver import Saver
 from fastload.config import format_bytes
-from fastload.errors import CacheError, ServiceError, WaitTimeoutError
+from fastload.errors import CacheError, CheckpointError, ServiceError, WaitTimeoutError
 from fastload.plan.ranks import resolve_ranks
 from fastload.protocol import Begin, Level, Save, SaveState
 from fastload.store import normalise
@@ -40,7 +51,7 @@ from fastload.store import normalise
 # Segments in flight, of which each takes its size in memory until it is stored.
 _IN_FLIGHT = 4
 # What takes no longer to store than to hand over.
-_SMALL_BYTES = 8 << 20
+SMALL_BYTES = 8 << 20
 # How often is looked whether other ranks have finished.
 _LOOK_S = 0.5
 
@@ -53,7 +64,7 @@ def start(
     storage_options: Mapping[str, Any] | None,
     attempt: str,
     rank: int,
-    segments: Sequence[Segment],
+    pieces: Sequence[Piece],
     tensors: Mapping[str, Held],
     values: Sequence[tuple[str, str, bytes]] = (),
     references: Sequence[Reference] = (),
@@ -64,6 +75,7 @@ def start(
     commits: bool,
     begun: Callable[[], Begin | None] = lambda: None,
     timeout_s: float = WAIT_S,
+    is_staged: bool = False,
 ) -> Saving:
     """Save a rank's part of an attempt by the node's cache service. The tensors may change once this returns; the
     `Saving` is to be waited for, until the level `until`.
@@ -75,28 +87,49 @@ def start(
     checked_level(until, "until")
     path = os.fspath(url)
     others = partial(Part.of, values=values, references=references, hashes=hashes)
-    save = _Save(path, storage_options, attempt, begun, rank, tuple(segments), tensors, others, commits, timeout_s)
-    if until == "store" and save.total_bytes < _SMALL_BYTES:
+    segments = tuple(lay_out(pieces))
+    save = _Save(path, storage_options, attempt, begun, rank, segments, tensors, others, commits, timeout_s)
+    if until == "store" and save.total_bytes < SMALL_BYTES:
         return save.straight()
     handle = handle_of(cache)
-    room_bytes = handle.limits.checkpoint_ram() // resolve_ranks().local_world_size
-    draft = others(attempt, rank, [(each, _no_sums(each)) for each in segments])
-    images = handle.shared("checkpoint images", Images)
-    image = images.take(_starts(segments)[-1] + len(draft.encode()), room_bytes, timeout_s)
-    if image is None:
+    home = home_of(held_of(piece, tensors[piece.name]) for piece in pieces)
+    if home is not None and home[0].is_moved:
+        raise CheckpointError(
+            f"{save.url}: this state was staged for another save, which has its memory; stage it anew"
+        )
+    # What another process has sent is only its own again once it is stored, for which other levels do not wait.
+    if home is not None and home[0].saving is None and (until == "store" or not home[0].is_received):
+        return save.in_place(home[0], arrange(list(zip(pieces, home[1], strict=True))), handle)
+    draft, starts = save.draft(segments), _starts(segments)
+    images = images_of(handle)
+    need_bytes, room = starts[-1] + len(draft), room_bytes(handle)
+    # The copy of a state that was staged does not wait for other states that were, which may wait for this one.
+    taken = images.take(need_bytes, room, timeout_s, waits_for_states=not is_staged)
+    if taken is None and need_bytes <= room:
+        return save.straight()
+    if taken is None:
         callers.warn(
             f"{save.url}: a checkpoint of {format_bytes(save.total_bytes)} is more than checkpoint_ram_bytes leaves to "
-            f"a process ({format_bytes(room_bytes)}), so that the call waits until it is stored; raise it",
+            f"a process ({format_bytes(room)}), so that the call waits until it is stored; raise it",
             RuntimeWarning,
         )
         return save.straight()
     try:
-        saving = save.by_image(image, draft, handle)
+        saving = save.by_image(taken, starts, draft, handle, lambda: _fill(taken.view, segments, starts, tensors))
     except BaseException:
-        images.release(image)
+        images.release(taken)
         raise
-    images.handed_over(image, saving)
+    images.handed_over(taken, saving)
     return saving
+
+
+def images_of(handle: Handle) -> Images:
+    return handle.shared("checkpoint images", Images)
+
+
+def room_bytes(handle: Handle) -> int:
+    """What images of a process may take."""
+    return handle.limits.checkpoint_ram() // resolve_ranks().local_world_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,16 +161,43 @@ class _Save:
         state = self._state("store", self.total_bytes)
         return Saving(place.folder, self.rank, self.total_bytes, time.monotonic() - began, Stored(state))
 
-    def by_image(self, image: Image, draft: Part, handle: Handle) -> Saving:
-        """Lay all out in an image, and have the service carry it, or where none can be had a thread of this process."""
+    def in_place(self, image: Image, arrangement: Arrangement | None, handle: Handle) -> Saving:
+        """From an image in which all lies; straight from there, where it cannot be arranged in it."""
+        if arrangement is None:
+            return self.straight()
+        segments, starts = arrangement.segments, arrangement.starts
+        draft = self.draft(segments)
+        if starts[-1] + len(draft) > image.byte_count - PAGE_BYTES:  # the last byte is a mark
+            return self.straight()
+
+        def fill() -> None:
+            image.protect(writable=True)
+            image.is_moved = bool(arrangement.moves)
+            image.move(arrangement.moves)
+            for segment, start in zip(segments, starts, strict=False):
+                image.view[start : start + len(segment.header)] = segment.header
+            image.is_handed_over_elsewhere = image.is_received
+
+        saving = replace(self, segments=tuple(segments)).by_image(image, starts, draft, handle, fill)
+        images_of(handle).handed_over(image, saving)
+        return saving
+
+    def draft(self, segments: Sequence[Segment]) -> bytes:
+        """The part record, in which checksums are missing."""
+        return self.part_of(self.attempt, self.rank, [(each, _no_sums(each)) for each in segments]).encode()
+
+    def by_image(
+        self, image: Image, starts: Sequence[int], draft: bytes, handle: Handle, fill: Callable[[], None]
+    ) -> Saving:
+        """Have `fill` lay all out in an image, and the service carry it, or where none can be had a thread of this
+        process.
+        """
         began = time.monotonic()
         with ThreadPoolExecutor(1, "fastload-checkpoint-connect") as pool:
             connecting = pool.submit(self._connected, handle)
             try:
-                starts = _starts(self.segments)
-                _fill(image.view, self.segments, starts, self.tensors)
-                record = draft.encode()
-                image.view[starts[-1] : starts[-1] + len(record)] = record
+                fill()
+                image.view[starts[-1] : starts[-1] + len(draft)] = draft
                 image.protect(writable=False)
                 begin = self.begun()
             except BaseException:
@@ -153,7 +213,7 @@ class _Save:
             self.rank,
             image.byte_count,
             [(start, each.size) for start, each in zip(starts, self.segments, strict=False)],
-            (starts[-1], len(record)),
+            (starts[-1], len(draft)),
             self.commits,
             begin,
         )

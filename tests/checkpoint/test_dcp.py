@@ -25,16 +25,21 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 
 import fastload
 from fastload import checkpoint
-from fastload.checkpoint import Reader, Writer, attempts, distcp, strided
+from fastload.checkpoint import Reader, Writer, attempts, distcp, strided, writing
 from fastload.checkpoint.dcp_writer import deal
+from fastload.checkpoint.images import Image, Images
 from fastload.checkpoint.records import Object
-from fastload.checkpoint.staging import Staging
+from fastload.checkpoint.segments import arrange
+from fastload.checkpoint.staging import Layout, stage
 from fastload.checkpoint.strided import Strided, dense, runs
-from fastload.errors import CheckpointError
+from fastload.checkpoint.writing import images_of
+from fastload.errors import CheckpointError, WaitTimeoutError
 from fastload.store import Counters, RequestOptions, open_store
 from tests.checkpoint.test_carried import SMALL
 from tests.checkpoint.test_single import same
 from tests.conftest import Bucket
+from tests.patience import PATIENCE_S
+from tests.processes import until
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
@@ -182,12 +187,6 @@ def test_other_dtypes_devices_and_strides_are_filled_in_place(tmp_path: Path) ->
 # Staging
 
 
-@pytest.fixture(autouse=True)
-def released() -> Iterator[None]:
-    yield
-    Writer("").close()
-
-
 @pytest.mark.parametrize("overlap", [False, True])
 def test_training_goes_on_while_a_copy_is_saved(tmp_path: Path, overlap: bool) -> None:
     for number in range(1, 5):
@@ -201,35 +200,135 @@ def test_training_goes_on_while_a_copy_is_saved(tmp_path: Path, overlap: bool) -
         same(state_of(number), loaded(tmp_path / str(number)))
 
 
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[fastload.Cache]:
+    with fastload.Cache(tmp_path / "cache", **SMALL) as cache:
+        yield cache
+
+
+def copied(images: Images, state: dict[str, Any], timeout_s: float = PATIENCE_S) -> dict[str, Any]:
+    return stage(state, Layout.of(state), images, 1 << 30, timeout_s)
+
+
 def test_memory_is_used_again_and_does_not_grow() -> None:
-    memory = Staging(deadline_s=0.1)
-    address = memory.stage({"w": torch.ones(1000)})["w"].data_ptr()
-    smaller = memory.stage({"w": torch.ones(100), "b": torch.zeros(3)})
+    images = Images()
+    address = copied(images, {"w": torch.ones(2000)})["w"].data_ptr()
+    smaller = copied(images, {"w": torch.ones(100), "b": torch.zeros(3)})
     assert smaller["w"].data_ptr() == address
-    other = memory.stage({"w": torch.ones(2000)})
-    assert other["w"].data_ptr() != address
-    with pytest.raises(CheckpointError, match=r"memory of the 2 states staged before is still in use after 0\.1 s"):
-        memory.stage({"w": torch.ones(1)})
+    other = copied(images, {"w": torch.ones(3000)})
+    assert not address <= other["w"].data_ptr() < address + (1 << 20)
+    with pytest.raises(WaitTimeoutError, match=r"gave up after 0\.1 s .*states .* staged are still in use \(2\)"):
+        copied(images, {"w": torch.ones(1)}, 0.1)
     kept = smaller["b"]  # one tensor keeps all of it
     del smaller
-    with pytest.raises(CheckpointError, match="wait for the futures"):
-        memory.stage({"w": torch.ones(1)})
+    with pytest.raises(WaitTimeoutError, match="wait for the futures"):
+        copied(images, {"w": torch.ones(1)}, 0.1)
     assert kept.tolist() == [0, 0, 0]
     del kept
-    assert memory.stage({"w": torch.ones(1)})["w"].tolist() == [1]
+    assert copied(images, {"w": torch.ones(1)})["w"].tolist() == [1]
 
 
 def test_memory_that_only_garbage_refers_to_is_used_again() -> None:
-    staging, state = Staging(deadline_s=60.0), {"w": torch.ones(1000)}
+    images, state = Images(), {"w": torch.ones(1000)}
     gc.disable()
     try:
         for _ in range(2):
-            cycle: list[Any] = [staging.stage(state)]
+            cycle: list[Any] = [copied(images, state)]
             cycle.append(cycle)
         del cycle
-        same({"w": torch.ones(1000)}, dict(staging.stage(state)))
+        same({"w": torch.ones(1000)}, dict(copied(images, state)))
     finally:
         gc.enable()
+
+
+def test_what_is_staged_is_read_only_and_given_back() -> None:
+    """A stray write ends the process, in place of spoiling a checkpoint."""
+
+    def permissions() -> list[str]:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return [line.split()[1] for line in lines if "memfd:fastload-image" in line]
+
+    images = Images()
+    state = copied(images, {"w": torch.ones(1000)})
+    assert permissions() == ["r--s"]
+    images.give_back()
+    assert permissions() == ["r--s"]
+    del state
+    images.give_back()
+    assert permissions() == []
+
+
+def test_what_is_staged_is_saved_from_where_it_lies(
+    tmp_path: Path, cache: fastload.Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it is copied again, but for parts of a tensor that is larger than a segment, which get headers."""
+    moved: list[int] = []
+
+    def move(image: Image, moves: list[tuple[int, int, int]]) -> None:
+        moved.append(sum(length for _, _, length in moves))
+        move_really(image, moves)
+
+    move_really = Image.move
+    monkeypatch.setattr(Image, "move", move)
+    monkeypatch.setattr(writing, "_fill", None)
+    images = images_of(cache._handle)
+    for number, large in ((1, 0), (2, 0), (3, 3)):
+        if large:
+            monkeypatch.setattr("fastload.checkpoint.staging.SEGMENT_BYTES", 4 << 20)
+            monkeypatch.setattr(writing, "arrange", lambda placed: arrange(placed, 4 << 20))
+        state = {**state_of(number), "large": torch.randn(1000 * number, 3001), "i": torch.arange(5)}
+        writer = Writer(tmp_path / str(number), cache=cache, until="memory")
+        dcp.async_save(state, storage_writer=writer).result()
+        assert writer.saving is not None
+        writer.saving.wait("store", PATIENCE_S)
+        same(state, checkpoint.load(tmp_path / str(number)))
+        assert len(images._images) == 1
+        del state
+        writer.close()
+    assert moved[:2] == [0, 0]
+    assert 0 < moved[2] < 4 * 9003000
+    names = sorted((tmp_path / "3").glob("*/*.safetensors"))
+    assert len(names) > 8
+    assert all(checkpoint.load(name) for name in names)  # each is a file of its own
+
+
+class Changing(DefaultSavePlanner):
+    """Saves something else."""
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        found = super().lookup_object(index)
+        return found * 2 if index.fqn == "large" else found
+
+
+def test_what_a_planner_makes_of_it_is_saved(tmp_path: Path, cache: fastload.Cache) -> None:
+    """It does not lie in memory that was staged; and several such saves do not wait for each other's."""
+    state = {"large": torch.ones(1000, 3000), "other": torch.arange(7.0)}
+    futures = [
+        dcp.async_save(
+            state, storage_writer=Writer(tmp_path / str(number), cache=cache, until="memory"), planner=Changing()
+        )
+        for number in range(2)
+    ]
+    for future in futures:
+        future.result()
+    until(lambda: all((tmp_path / str(number) / "manifest.json").exists() for number in range(2)))
+    for number in range(2):
+        same({**state, "large": state["large"] * 2}, checkpoint.load(tmp_path / str(number)))
+
+
+def test_a_state_that_was_staged_is_saved_once(tmp_path: Path, cache: fastload.Cache) -> None:
+    """What is left of it afterwards is no state any more, where parts of it were moved."""
+    half = {"b": torch.ones(1000, 3000)}
+    state = {"a": torch.arange(1000.0), **half}
+    writer = Writer(tmp_path / "1", cache=cache, until="memory")
+    staged = writer.stage(state)
+    dcp.save({"b": staged["b"]}, storage_writer=writer)
+    with pytest.raises(CheckpointException, match="was staged for another save, which has its memory; stage it anew"):
+        dcp.save(staged, storage_writer=Writer(tmp_path / "2", cache=cache))
+    assert writer.saving is not None
+    writer.saving.wait("store", PATIENCE_S)
+    same(half, checkpoint.load(tmp_path / "1"))
+    del staged
 
 
 def test_a_writer_is_sent_to_another_process(tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from fastload.checkpoint import Reader, Writer, attempts, dcp_writer
+from fastload.checkpoint import Reader, Writer, attempts, writing
 from fastload.checkpoint.boxes import Box
-from fastload.checkpoint.segments import lay_out
+from fastload.checkpoint.images import Image
+from fastload.checkpoint.segments import DTYPES, PAGE_BYTES, Piece, arrange, header_of, lay_out
 from fastload.checkpoint.values import NAMES
 from tests.checkpoint.saving import MemoryStore
 
@@ -128,7 +129,7 @@ def test_what_any_ranks_save_any_others_load(world: Any, segment_bytes: int) -> 
     store = MemoryStore()
     with (
         mock.patch.object(attempts, "open_store", return_value=store),
-        mock.patch.object(dcp_writer, "lay_out", lambda pieces: lay_out(pieces, segment_bytes)),
+        mock.patch.object(writing, "lay_out", lambda pieces: lay_out(pieces, segment_bytes)),
     ):
         save([SavePlan(each) for each in items], [Planner(each) for each in held])
         stored = sum(info.size for url, (_, info) in store.objects.items() if url.endswith(".safetensors"))
@@ -136,6 +137,46 @@ def test_what_any_ranks_save_any_others_load(world: Any, segment_bytes: int) -> 
         assert stored - pages == sum(whole.nbytes for whole in wholes.values())  # each element once
         for rank in range(loads):
             load(rank, wholes, tensors)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["F64", "F32", "BF16", "U8"]), st.integers(0, 3000), st.booleans()), max_size=20
+    ),
+    st.sets(st.integers(0, 19)),
+    st.sampled_from([1000, 5000, 20000]),
+)
+def test_what_lies_in_memory_becomes_segments_there(
+    tensors: list[tuple[str, int, bool]], left_out: set[int], segment_bytes: int
+) -> None:
+    """Also where some of it is not to be saved: what is left is moved together, and no byte of it is lost."""
+    placed, data, end = [], {}, 0
+    for number, (dtype, count, is_apart) in enumerate(sorted(tensors, key=lambda each: -DTYPES[each[0]])):
+        start = (end // PAGE_BYTES + 2) * PAGE_BYTES if is_apart else end
+        piece = Piece(str(number), dtype, (count,), Box((0,), (count,)))
+        data[piece.name] = start, bytes((number + at) % 251 for at in range(piece.length))
+        placed += [(piece, start)] if number not in left_out else []
+        end = start + piece.length
+    arrangement = arrange(placed, segment_bytes)
+    assert arrangement is not None
+    image = Image(max(end, arrangement.starts[-1]) + 1)
+    for start, content in data.values():
+        image.view[start : start + len(content)] = content
+    image.move(arrangement.moves)
+    found: dict[str, dict[int, bytes]] = {}
+    end = 0
+    for segment, start in zip(arrangement.segments, arrangement.starts, strict=False):
+        assert start % PAGE_BYTES == 0
+        assert start >= end
+        end = start + segment.size
+        widths = [DTYPES[piece.dtype] for piece in segment.pieces]
+        assert widths == sorted(widths, reverse=True)
+        assert segment.header == header_of(segment.pieces)
+        for piece, offset in zip(segment.pieces, segment.offsets, strict=True):
+            where = slice(start + offset, start + offset + piece.length)
+            found.setdefault(piece.name, {})[piece.box.offsets[0]] = bytes(image.view[where])
+    whole = {name: b"".join(parts[at] for at in sorted(parts)) for name, parts in found.items()}
+    assert whole == {piece.name: data[piece.name][1] for piece, _ in placed}
 
 
 def load(rank: int, wholes: dict[str, torch.Tensor], tensors: Any) -> None:

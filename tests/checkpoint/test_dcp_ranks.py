@@ -27,6 +27,8 @@ import fastload
 from fastload import checkpoint
 from fastload.checkpoint import Reader, Writer, attempts
 from fastload.checkpoint.attempts import Place
+from fastload.checkpoint.writing import images_of
+from fastload.client.cache import handle_of
 from fastload.errors import CheckpointError, CheckpointExistsError
 from fastload.store import StoreOptions, open_store
 from tests.checkpoint.test_single import same
@@ -264,7 +266,8 @@ def save_to_memory(rank: Rank, url: str, directory: str) -> None:
     with fastload.Cache(directory, ram_bytes="1MiB", disk_bytes="1MiB", chunk_bytes="64KiB") as cache:
         for save in (dcp.save, dcp.async_save, dcp.async_save, dcp.async_save):  # of which the last uses memory again
             writer = Writer(url, until="memory", overwrite=True, cache=cache)
-            future = save({"w": w}, storage_writer=writer)
+            alike = {str(number): torch.full((1 << 18,), float(number)) for number in range(8)}
+            future = save({"step": torch.tensor(7), "w": w, "alike": alike}, storage_writer=writer)
             if save is dcp.async_save:
                 future.result()
             assert writer.saving is not None
@@ -273,9 +276,10 @@ def save_to_memory(rank: Rank, url: str, directory: str) -> None:
         for path in Path(url).glob("*/*.safetensors"):  # the store has lost its bytes, and the service has them still
             path.write_bytes(bytes(path.stat().st_size))
         torch.distributed.barrier()
-        state = {"w": torch.zeros(4, 1 << 20)}
+        state = {"w": torch.zeros(4, 1 << 20), "alike": {str(number): torch.zeros(1 << 18) for number in range(8)}}
         dcp.load(state, storage_reader=Reader(url, cache=cache))
         assert torch.equal(state["w"], rows)
+        assert all(torch.equal(state["alike"][name], alike[name]) for name in alike)
         torch.distributed.barrier()
         if rank.rank == 0:
             dcp.save({"w": rows}, storage_writer=Writer(url, overwrite=True, cache=cache), no_dist=True)
@@ -306,6 +310,8 @@ def test_a_process_saves(mortals: RankPool, tmp_path: Path) -> None:
         same(torch.arange(24.0).reshape(8, 3) + number, found["w"])
         assert found["others"]["1999"].tolist() == [1999 + number]
         assert found["step"] == number
+        for name in ("large", "alike") if number else ():
+            assert torch.equal(found[name], torch.arange(5.0 * (1 << 20)).reshape(1 << 20, 5) + number)
 
 
 def save_by_process(rank: Rank, folder: str) -> None:
@@ -313,15 +319,24 @@ def save_by_process(rank: Rank, folder: str) -> None:
     for number in range(3):
         w = distribute_tensor(torch.arange(24.0).reshape(8, 3) + number, mesh, [Shard(0)])
         others = {str(name): torch.tensor([float(name + number)]) for name in range(2000)}
+        state = {"w": w, "others": others, "step": number}
+        if number:  # which is too much to go straight to the store: the process hands on what it was sent
+            large = torch.arange(5.0 * (1 << 20)).reshape(1 << 20, 5) + number
+            state |= {"large": distribute_tensor(large, mesh, [Shard(0)]), "alike": large.clone()}
         saving = dcp.async_save(
-            {"w": w, "others": others, "step": number},
+            state,
             storage_writer=Writer(f"{folder}/{number}"),
             async_checkpointer_type=AsyncCheckpointerType.PROCESS,
         )
         assert len(os.listdir("/proc/self/fd")) < 100
         w.to_local().zero_()
         others["1999"].zero_()
+        if number:
+            state["large"].to_local().zero_()
+            state["alike"].zero_()
         saving.result()
+    with handle_of(None) as handle:
+        assert len(images_of(handle)._images) == 1  # since it was taken back
     _async_process_executor._CHECKPOINT_PROCESS = None  # whose finalizer ends the process
     resource_sharer.stop()  # the thread of multiprocessing's that has sent the descriptors
 
