@@ -55,6 +55,7 @@ class Setting:
     state: dict[str, torch.Tensor]
     folder: Path
     sink: str
+    sink_pid: int
 
     @property
     def byte_count(self) -> int:
@@ -76,21 +77,21 @@ def main() -> None:
     gb, rounds = (options.gb / 8, 2) if options.quick else (options.gb, options.rounds)
     print(f"load before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     options.folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="fastload-bench-", dir=options.folder) as folder, sink() as url:
+    with tempfile.TemporaryDirectory(prefix="fastload-bench-", dir=options.folder) as folder, sink() as (url, pid):
         state = {f"layer.{n}.weight": torch.rand(int(gb * 1e9 / 4 / TENSORS)) for n in range(TENSORS)}
-        sys.exit(show(f"{gb:g} GB of float32", measure(Setting(state, Path(folder), url), rounds)))
+        sys.exit(show(f"{gb:g} GB of float32", measure(Setting(state, Path(folder), url, pid), rounds)))
 
 
 @contextlib.contextmanager
-def sink() -> Iterator[str]:
-    """The store, for the block."""
+def sink() -> Iterator[tuple[str, int]]:
+    """The store, for the block: its URL, and its process."""
     command = [sys.executable, "-m", "bench.sink"]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent
     )
     try:
         assert process.stdout is not None
-        yield process.stdout.readline().strip()
+        yield process.stdout.readline().strip(), process.pid
     finally:
         process.kill()
         process.wait()
@@ -211,19 +212,24 @@ def upload_cpu(setting: Setting, number: int) -> float:
         pids = [os.getpid(), int(cache.stats()["pid"])]
         url = f"s3://bench/upload{number}"
         saving = checkpoint.save(setting.state, url, until="memory", cache=cache, storage_options=setting.options)
-        before = cpu_s(pids)
+        before = cpu_but_the_sinks_s(setting, pids)
         saving.wait("store")
-        return cpu_s(pids) - before
+        return cpu_but_the_sinks_s(setting, pids) - before
 
 
 def obstore_cpu(setting: Setting) -> float:
     store = obstore.store.S3Store("bench", endpoint=setting.sink, client_options={"allow_http": True}, **KEYS)
     data = memoryview(bytearray(min(_SEGMENT_BYTES, setting.byte_count)))
-    before = cpu_s([os.getpid()])
+    before = cpu_but_the_sinks_s(setting, [os.getpid()])
     with ThreadPoolExecutor(4) as pool:
         puts = range(0, setting.byte_count, len(data))
         list(pool.map(lambda at: obstore.put(store, f"put/{at}", data, use_multipart=False), puts))
-    return cpu_s([os.getpid()]) - before
+    return cpu_but_the_sinks_s(setting, [os.getpid()]) - before
+
+
+def cpu_but_the_sinks_s(setting: Setting, pids: list[int]) -> float:
+    """CPU-seconds of these processes so far; the sink, which is one of those below them, is the server's side."""
+    return cpu_s(pids) - cpu_s([setting.sink_pid])
 
 
 def control(url: str, what: str) -> None:

@@ -1,8 +1,8 @@
 """A store that takes uploads and forgets what is large: S3's words for what checkpoints need, at little cost.
 
 A real server takes 12 CPU-seconds to receive a GB, which on two cores is all that would be measured. This one keeps
-objects of less than 1 MiB, and of others their size. `GET /counters` says what came and went, `PUT /shut` has larger
-uploads refused until `PUT /open`.
+objects of less than 1 MiB, and of others their size; checksums it repeats, and does not compare. `GET /counters` says
+what came and went, `PUT /shut` has larger uploads refused until `PUT /open`.
 
     python -m bench.sink        # prints its URL, and ends with its standard input
 """
@@ -21,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from xml.sax.saxutils import escape
 
 KEPT_BYTES = 1 << 20
+_CHECKSUM = "x-amz-checksum-crc32"
 _XML = "<?xml version='1.0' encoding='UTF-8'?>"
 
 
@@ -66,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
         if lost:
             self._answer(412, error="PreconditionFailed")
         else:
-            self._answer(200, etag=etag)
+            self._answer(200, etag=etag, checksum=self.headers.get(_CHECKSUM, ""))
 
     def do_GET(self) -> None:
         url = urllib.parse.urlsplit(self.path)
@@ -138,6 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         error: str = "",
         size: int | None = None,
         content_range: str = "",
+        checksum: str = "",
     ) -> None:
         if error:
             data = f"{_XML}<Error><Code>{error}</Code><Message>no</Message></Error>".encode()
@@ -145,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response_only(status)
         self.send_header("Content-Length", str(len(data) if size is None else size))
         self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
-        for name, value in (("ETag", etag), ("Content-Range", content_range)):
+        for name, value in (("ETag", etag), ("Content-Range", content_range), (_CHECKSUM, checksum)):
             if value:
                 self.send_header(name, value)
         self.end_headers()

@@ -369,7 +369,7 @@ def _headers(address: str, settings: Mapping[str, str]) -> email.message.Message
     """Of the reply to a request for nothing in particular, also of one that refuses it; with the proxy and the
     certificates that a job would use.
     """
-    from fastload.store.httpreader import tls_context
+    from fastload.store.httpclient import tls_context
     from fastload.store.proxies import proxy_for
 
     proxy = proxy_for(address, settings)

@@ -34,6 +34,8 @@ _WRONG_CREDENTIALS = {
     "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
     "AuthenticationFailed": "the account's key or token is not accepted; check the credentials",
 }
+# What arrived is not what was sent: the network's fault.
+_DAMAGED_CODES = {"BadDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
 _SET_THEM = "set them in the environment or storage_options"
 _THROTTLING_CODES = {"SlowDown", "ServerBusy", "TooManyRequests", "RequestLimitExceeded", "Throttling"}
 _TRANSIENT_CODES = {"SlowDown", "RequestTimeout", "ServiceUnavailable", "InternalError", "ServerBusy"}
@@ -115,6 +117,10 @@ class Refusal:
         if throttled or self.status in (408, 425) or self.status >= 500 or self.code in _TRANSIENT_CODES:
             kind = ThrottledError if throttled else StoreUnavailableError
             return kind(f"{url}: the store cannot serve it now{where}; it is retried until the deadline")
+        if self.code in _DAMAGED_CODES:
+            return BadReplyError(
+                f"{url}: what arrived is not what was sent{where}; it is sent again until the deadline"
+            )
         if self.code in _WRONG_CREDENTIALS:
             return AccessDeniedError(f"{url}: wrong credentials: {_WRONG_CREDENTIALS[self.code]}{where}")
         if self.code in _WRONG_REGION or self.status in (301, 307):

@@ -12,7 +12,7 @@ from typing_extensions import Buffer
 
 from fastload.errors import ConfigError, ObjectMissingError, StoreError
 from fastload.store.answers import is_strong
-from fastload.store.httpreader import HttpReader
+from fastload.store.httpclient import HttpClient
 from fastload.store.logins import authorization, login_of, refuse_signed
 from fastload.store.options import StoreOptions
 from fastload.store.proxies import proxy_for
@@ -39,7 +39,7 @@ class HttpStore:
         login = login_of(root, settings)
         self._headers = {} if login is None else {"Authorization": authorization(login)}
         try:
-            self._reader = HttpReader(root, settings.get("root_certificate"), proxy)
+            self._reader = HttpClient(root, settings.get("root_certificate"), proxy)
         except ssl.SSLError as error:
             raise ConfigError("root_certificate is not a certificate in PEM; pass its text, not its path") from error
 

@@ -3,10 +3,10 @@
 obstore lists and finds credentials. Its own retries are off, since ours stand around it, and its runtime
 does not survive a fork (a child hangs without an error), so a store belongs to the process that made it.
 
-Bytes take one of two ways. From S3 they come by requests of our own straight into the caller's buffer, for
-two thirds of obstore's CPU-seconds a GB (see `direct`). Everything else streams through obstore and is
-copied, piece by piece, so that answers in flight do not pile up. Writes go through obstore, in one request each and
-out of the caller's memory. Over TLS, which authenticates every byte, S3 is not sent a SHA-256 of them as well: that
+Bytes take one of two ways. From S3 they come by requests of our own straight into the caller's buffer, and go so out of
+it (see `direct`). Everything else streams through obstore and is copied, piece by piece, so that answers in flight do
+not pile up. What obstore writes goes in one request each and out of the caller's memory. Over TLS, which authenticates
+every byte, S3 is not sent a SHA-256 of them as well: that
 takes two thirds of an upload's CPU-seconds (1.3 a GB with it, 0.4 without, receiver included).
 
 As whom a store is asked, in words: which kind of credentials, and where they were found. Never their values.
@@ -58,7 +58,7 @@ from fastload.store.answers import (
     unresolved,
     without_credentials,
 )
-from fastload.store.direct import DEFAULT_REGION, EXPRESS, DirectReader, direct_s3_reader, place
+from fastload.store.direct import DEFAULT_REGION, EXPRESS, DirectBucket, UnverifiedError, direct_s3_bucket, place
 from fastload.store.environment import as_bool
 from fastload.store.options import StoreOptions
 from fastload.store.proxies import for_obstore, proxy_for
@@ -88,6 +88,7 @@ _BAD_REPLY = re.compile(
 )
 # An answer that all is well, with an error in it: what became of one of the objects to delete, and of all of them.
 _NOT_DELETED = re.compile(r"DeleteObjects request failed .*\(code: (\w+)\)")
+_NOWHERE = "redirect without LOCATION"  # what S3 answers where a bucket is in another region
 _ERROR_WITHIN = "Server returned error response"
 _RESOLVER = re.compile(r"Temporary failure|[Tt]ry again")  # glibc's words and musl's for EAI_AGAIN
 _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
@@ -97,6 +98,10 @@ _KINDS: tuple[tuple[type[BaseException], int], ...] = (
     (UnauthenticatedError, 401),
     (PreconditionError, 412),
 )
+
+
+# Refusals that may be of how a request is made, and not of what it is for.
+_OF_THIS_WAY = (AccessDeniedError, StoreError, UnverifiedError)
 
 
 class ObjectStore:
@@ -115,7 +120,8 @@ class ObjectStore:
         self._writers: dict[bool, ObstoreStore] = {}  # made by the first write; by whether bytes are hashed
         self._hashes_uploads = not (isinstance(store, S3Store) and self._endpoint.startswith("https:"))
         bucket = root.partition("://")[2]
-        self._direct = direct_s3_reader(bucket, options, store) if isinstance(store, S3Store) else None
+        self._direct = direct_s3_bucket(bucket, options, store) if isinstance(store, S3Store) else None
+        self._writes_directly = True  # until the store takes from obstore what it refuses so
         self._proxy = proxy_for(self._endpoint, dict(options.extra))
 
     def list(self, prefix_url: str) -> Iterator[ObjectInfo]:
@@ -200,7 +206,25 @@ class ObjectStore:
 
     def put(self, url: str, data: Buffer) -> str | None:
         """Store `data` as the object at `url`."""
-        return self._put(url, data, "overwrite")
+        direct = self._direct
+        if direct is None or not direct.writes or not self._writes_directly:
+            return self._put(url, data, "overwrite")
+        with self._saying_who():
+            try:
+                return direct.put(url, memoryview(data).cast("B"))
+            except BaseError as error:  # of obstore, which looked for credentials
+                raise self._explain(error, url, "to write it") from showable(error)
+            except StoreError as error:
+                if is_doubtful(error):
+                    self._renew()
+                if type(error) not in _OF_THIS_WAY:
+                    raise
+                reason = str(error)
+        # Of a policy that wants uploads signed with their hash, or no signed URLs, for example, or a redirect.
+        etag = self._put(url, data, "overwrite")
+        self._writes_directly = False
+        _log.warning("%s is written through obstore, for more CPU time: %s", self._root, reason)
+        return etag
 
     def put_if_absent(self, url: str, data: Buffer) -> str | None:
         return self._put(url, data, "create")
@@ -319,7 +343,7 @@ class ObjectStore:
                 self._writers[hashed] = _open(self._root, self._options, self._endpoint, hashes_uploads=hashed)
             return self._writers[hashed]
 
-    def _read_by_signed_url(self, direct: DirectReader, info: ObjectInfo, start: int, out: memoryview) -> None:
+    def _read_by_signed_url(self, direct: DirectBucket, info: ObjectInfo, start: int, out: memoryview) -> None:
         """There are buckets whose policy refuses signed URLs (s3:authType) and nothing else."""
         try:
             try:
@@ -373,6 +397,8 @@ class ObjectStore:
         quoted = _STATUS.search(text)
         status = next((status for kind, status in _KINDS if isinstance(error, kind)), 0)
         status = int(quoted[1]) if quoted else status
+        if _NOWHERE in text:
+            status = 301
         if status or _ERROR_WITHIN in text:
             return Refusal.from_body(status or 200, text).error(url, self._endpoint)
         if certificate := _CERTIFICATE.search(text):

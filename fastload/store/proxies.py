@@ -29,7 +29,7 @@ class Proxy:
 
     @property
     def is_http(self) -> bool:
-        """Whether it is spoken to in plain HTTP, which is all that HttpReader can."""
+        """Whether it is spoken to in plain HTTP, which is all that HttpClient can."""
         return self.scheme == "http"
 
     @property

@@ -18,7 +18,7 @@ import pytest
 
 from bench.chaos.store import certify
 from fastload.errors import AccessDeniedError, ConfigError, StoreUnavailableError
-from fastload.store import ObjectInfo, Store, StoreOptions, httpreader, open_store
+from fastload.store import ObjectInfo, Store, StoreOptions, httpclient, open_store
 from fastload.store.answers import NoCredentialsError
 from fastload.store.direct import place
 from fastload.store.objectstore import ObjectStore
@@ -279,7 +279,7 @@ def test_bytes_are_received_where_they_belong(tls: bool, monkeypatch: pytest.Mon
 
 
 def test_an_answer_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(httpreader, "_ANSWER_S", -1.0)
+    monkeypatch.setattr(httpclient, "_ANSWER_S", -1.0)
     size = 1 << 20  # more than comes with the head
     endless = answer(206, bytes(size), Content_Range=f"bytes 0-{size - 1}/{size}")
     with server(endless) as options:

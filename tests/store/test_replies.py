@@ -17,7 +17,7 @@ import fastload
 from bench.chaos.store import certify
 from fastload.errors import AccessDeniedError, ObjectChangedError, ObjectMissingError, StoreError, StoreUnavailableError
 from fastload.store import Counters, ObjectInfo, RequestOptions, RetryOptions, Store, StoreOptions, open_store
-from fastload.store.httpreader import _speaks
+from fastload.store.httpclient import _speaks
 from fastload.store.replies import Reply, misfit, size_told
 from tests.shards import tar_of
 from tests.store.servers import Behaviour, Handler, Liar, answer, handed_out, server, whole

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import mmap
 import stat
 from collections.abc import Sequence
 
 from fastload.cache import syscalls
 from fastload.errors import ServiceError
+from fastload.store.filemap import FileMap
 
 
 class Image:
@@ -21,7 +21,7 @@ class Image:
         """
         self.fd, self.byte_count, self.segments = fd, byte_count, tuple(segments)
         self._record = record
-        self._map: mmap.mmap | None = None
+        self._map: FileMap | None = None
         try:
             for start, size in (*segments, record):
                 if not (0 <= start <= byte_count and 0 <= size <= byte_count - start):
@@ -31,7 +31,7 @@ class Image:
             is_sealed = stat.S_ISREG(status.st_mode) and syscalls.get_seals(fd) & fcntl.F_SEAL_SHRINK
             if status.st_uid != syscalls.geteuid() or status.st_size != byte_count or not is_sealed:
                 raise ServiceError(f"an image is no sealed memory of {byte_count} bytes")
-            self._map = syscalls.mmap_shared(fd, byte_count, writable=False)
+            self._map = FileMap(fd, byte_count)
         except BaseException as error:
             self.close()
             if isinstance(error, OSError | ValueError):
@@ -39,7 +39,10 @@ class Image:
             raise
 
     def segment(self, number: int) -> memoryview:
+        """Its bytes, which are all going to be read."""
         start, size = self.segments[number]
+        assert self._map is not None
+        self._map.populate(start, size)
         return self._part(start, size)
 
     def record(self) -> bytes:

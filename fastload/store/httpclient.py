@@ -1,4 +1,4 @@
-"""Ranged GETs over plain sockets, received straight into the caller's buffer.
+"""Ranged GETs over plain sockets, received straight into the caller's buffer, and PUTs out of it (see `httpupload`).
 
 The store's CPU cost is the cost of moving bytes, and here they are moved once: from the socket into `out`, or over TLS
 into OpenSSL's buffer of one record, decrypted there, and from that into `out`; always with the GIL released. Measured
@@ -41,6 +41,7 @@ from typing import cast
 from fastload.errors import StoreError, StoreUnavailableError
 from fastload.store import watch
 from fastload.store.answers import Refusal, is_doubtful, truncated, unreachable, unresolved
+from fastload.store.httpupload import Upload
 from fastload.store.proxies import Proxy
 from fastload.store.replies import Reply, asked, bad_reply, check, checksum_of, size_told
 from fastload.store.types import ObjectInfo
@@ -61,7 +62,7 @@ class _Pooled:
     used_at: float = field(default_factory=time.monotonic)
 
 
-class HttpReader:
+class HttpClient:
     """Connections to one host, one per request in flight, kept for the next. Safe to use from several
     threads.
     """
@@ -81,6 +82,7 @@ class HttpReader:
         self._lock = threading.Lock()
         self._idle: list[_Pooled] = []
         self._closed = False
+        self._may_ask = True  # before a large body is sent, whether it may be: not all servers answer that
 
     def get_range(self, info: ObjectInfo, target: str, headers: Mapping[str, str], start: int, out: memoryview) -> None:
         """Fill `out` with the bytes of that version of the object from `start`.
@@ -126,6 +128,20 @@ class HttpReader:
                 response.read(_BODY_MAX)
             return reply
 
+    def put(self, url: str, target: str, headers: Mapping[str, str], data: memoryview) -> Mapping[str, str]:
+        """Store `data` at `target`, as of `get_range`; the headers of the answer, by their names in small letters."""
+        upload = Upload(data, may_ask=self._may_ask)
+        with self._asked(url, target, headers, upload) as (response, _, reply):
+            body = response.read(_BODY_MAX)
+            if reply.status >= 300:
+                raise Refusal.from_body(reply.status, body.decode(errors="replace")).error(url, self.endpoint)
+            if not upload.is_whole or reply.status not in (200, 201, 204):
+                came = f"{reply}, and that before all was sent" if not upload.is_whole else str(reply)
+                raise bad_reply(url, self.endpoint, "to write it", came)
+            if response.read(1):
+                response.will_close = True
+            return {name.lower(): value for name, value in response.getheaders()}
+
     def renew(self) -> None:
         """What comes next goes over new connections."""
         with self._lock:
@@ -141,12 +157,12 @@ class HttpReader:
 
     @contextlib.contextmanager
     def _asked(
-        self, url: str, target: str, headers: Mapping[str, str]
+        self, url: str, target: str, headers: Mapping[str, str], upload: Upload | None = None
     ) -> Iterator[tuple[http.client.HTTPResponse, http.client.HTTPConnection, Reply]]:
         """The reply, whose body is read within the block. Its connection is kept where the block ends without an error,
         and one whose reply is not to be trusted takes the idle ones along: they lead through the same machines.
         """
-        response, connection = self._ask(url, target, headers)
+        response, connection = self._ask(url, target, headers, upload)
         keep = False
         try:
             yield response, connection, Reply.of(response.status, response.getheaders(), response.length)
@@ -163,16 +179,18 @@ class HttpReader:
             self._put_back(connection, keep)
 
     def _ask(
-        self, url: str, target: str, headers: Mapping[str, str]
+        self, url: str, target: str, headers: Mapping[str, str], upload: Upload | None
     ) -> tuple[http.client.HTTPResponse, http.client.HTTPConnection]:
         """Send the request and read the answer's head, on a kept connection if there is one."""
         kept = self._take()
         if kept is not None:
             try:
-                return self._exchange(kept, target, headers), kept
-            except (OSError, http.client.HTTPException):
-                # The server closed it while it lay idle: no failure of the store, and said nowhere.
+                return self._exchange(kept, target, headers, upload), kept
+            except (OSError, http.client.HTTPException) as error:
                 _close(kept)
+                if upload is not None and upload.is_begun:
+                    raise self._failed(url, error) from error
+                # The server closed it while it lay idle: no failure of the store, and said nowhere.
             except BaseException:
                 _close(kept)
                 raise
@@ -180,7 +198,7 @@ class HttpReader:
             raise watch.given_up()
         connection = self._connect()
         try:
-            return self._exchange(connection, target, headers), connection
+            return self._exchange(connection, target, headers, upload), connection
         except (OSError, http.client.HTTPException) as error:
             _close(connection)
             raise self._failed(url, error) from error
@@ -195,7 +213,11 @@ class HttpReader:
         return unreachable(url, self.endpoint, _reason(error))
 
     def _exchange(
-        self, connection: http.client.HTTPConnection, target: str, headers: Mapping[str, str]
+        self,
+        connection: http.client.HTTPConnection,
+        target: str,
+        headers: Mapping[str, str],
+        upload: Upload | None,
     ) -> http.client.HTTPResponse:
         if connection.sock is None:
             connection.connect()
@@ -205,8 +227,12 @@ class HttpReader:
         headers = {"Host": self.host, **headers}
         if self._proxy is not None and not self._secure:
             target, headers = f"http://{self.host}{target}", {**headers, **self._proxy.headers}
-        connection.request("GET", target, headers=headers)
-        response = connection.getresponse()
+        if upload is None:
+            connection.request("GET", target, headers=headers)
+            response = connection.getresponse()
+        else:
+            response = upload.exchange(connection.sock, target, headers)
+            self._may_ask = self._may_ask and not upload.asked_in_vain
         watch.first_byte()
         return response
 
