@@ -51,6 +51,8 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pictures").mkdir()
     (folder / "packed").mkdir()
     (folder / "tables").mkdir()
+    (folder / "indexed").mkdir()
+    (folder / "indexed" / "index.json").write_text('{"version": 2, "shards": []}')
     for number in range(2):
         (folder / "tables" / f"{number}.parquet").write_bytes(b"PAR1")
     (folder / "pictures" / "0.jpg").write_bytes(b"\xff\xd8" + b"0" * 600)
@@ -165,6 +167,11 @@ MISTAKES: dict[str, Mistake] = {
         lambda d: d.read(d.dataset(f"{d.folder}/pictures/", format="tfrecord")),
         M,
         ("/pictures/: no shards", "named one by one, by a pattern"),
+    ),
+    "an index without shards": (
+        lambda d: d.read(d.dataset(f"{d.folder}/indexed/")),
+        M,
+        ("/indexed/: no shards", "index.json; that names the shards of MDS and LitData: upload those"),
     ),
     "an empty folder": (lambda d: d.read(d.dataset(f"{d.folder}/nothing/")), M, ("/nothing/", "nothing at all")),
     "a folder of packed tars": (lambda d: d.read(d.dataset(f"{d.folder}/packed/")), M, ("x.tar.lz4", "zstd or gzip")),

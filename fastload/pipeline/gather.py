@@ -345,6 +345,8 @@ class SampleGatherer:
                     f"{samples.place(0, name)}: its shard has no such column; it has {shown(read.columns)}."
                     f"{meant(name, [each.lower() for each in read.columns])}"
                 )
+            if name + "?" not in names and read.may_have(name + "?"):
+                raise _marked(samples.urls()[0], name, name + "?")
         wanted = [name for name in names if name not in lacking]
         decoders = {name: read.decoder(name) for name in wanted if name not in self._columns.decoders}
         pickled = next((name for name, decoder in decoders.items() if isinstance(decoder, Pickled)), None)
@@ -531,10 +533,14 @@ class SampleGatherer:
         for name, member in zip(names, members, strict=True):
             marked = member + "?"
             if name in self._columns.optional and marked not in members and located.have(marked):
-                raise ConfigError(
-                    f"{located.names().urls()[0]}: its window of shards has a column whose name is {marked!r}, and "
-                    f"{name + '?'!r} means {name!r}, which samples may lack; write {name + '??'!r} for the other one"
-                )
+                raise _marked(located.names().urls()[0], name, marked)
+
+
+def _marked(url: str, name: str, marked: str) -> ConfigError:
+    return ConfigError(
+        f"{url}: its window of shards has a column whose name is {marked!r}, and {name + '?'!r} means {name!r}, which "
+        f"samples may lack; write {name + '??'!r} for the other one"
+    )
 
 
 def _rows(values: Values, numbers: npt.NDArray[np.int64] | tuple[slice, slice]) -> Values:

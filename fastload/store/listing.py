@@ -40,6 +40,7 @@ _TABLES = {
     ".csv": 'read_csv("x.csv")',
     ".tsv": 'read_csv("x.tsv", sep="\\t")',
 }
+_INDEX_NAME = "index.json"
 _NOT_UNPACKED = (".tar.lz4", ".tlz4", ".tar.Z")
 
 
@@ -161,6 +162,8 @@ def _no_shards(prefix: str, there: list[str], endings: Sequence[str]) -> str:
         cure = "shards that are packed by lz4 or compress are not read, so pack them with zstd or gzip"
     elif ".bin" not in endings and (".bin" in by_ending or ".npy" in by_ending):
         cure = 'files of tokens (.bin, .npy) are read with format="tokens(LENGTH, DTYPE)"'
+    elif set(there) == {_INDEX_NAME}:
+        cure = "that names the shards of MDS and LitData: upload those, if it names any"
     elif ".json" in by_ending and ".jsonl" in endings:
         cure = 'files of JSON lines that end in .json are read where they are named one by one, with format="jsonl"'
     elif ".tar" not in endings or ".jsonl" not in endings:  # those of a format that was named

@@ -163,6 +163,19 @@ def test_names(name: str, is_one: bool) -> None:
     assert (format_of(f"s3://b/{name}") == "tfrecord") is is_one
 
 
+def test_a_feature_whose_own_name_ends_in_a_mark(cache: fastload.Cache, tmp_path: Path) -> None:
+    write(tmp_path / "a.tfrecord", example(**{"n?": [5]}))
+
+    def read(*columns: str) -> list[int]:
+        (sample,) = fastload.StreamingDataset(tmp_path / "a.tfrecord", cache=cache, columns=columns)
+        return [int(sample[name]) for name in ("n?",)]
+
+    with pytest.raises(ConfigError, match=r"a\.tfrecord: .*'n\?'.*write 'n\?\?'"):
+        read("n?")
+    assert read("n??") == [5]
+    assert read("n?", "n??") == [5]
+
+
 # By itself
 
 
