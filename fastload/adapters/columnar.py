@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 import torch.utils.data
 
 from fastload.dataset import StreamingDataset
 from fastload.errors import ConfigError
 from fastload.loader import DataLoader
 from fastload.mixture import Mixture
+from fastload.ragged import Ragged
 
 _NAMES = ("__key__", "__url__", "__source__")
 
@@ -32,6 +35,26 @@ class ColumnarDataset(torch.utils.data.IterableDataset[Any]):
     def _made(self, columns: dict[str, Any]) -> Any:
         """What the library gives of a sample, or of a batch, with these columns."""
         return columns
+
+    def _value(self, column: str, value: Any) -> Any:
+        """A value of a sample as the library's own reader gives it."""
+        return value
+
+    def _is_stacked(self, column: str) -> bool:
+        """Whether a batch of arrays of this column is a tensor where they have one shape."""
+        return True
+
+    def _sample(self, columns: Any) -> Any:
+        found = _columns_of(columns)
+        if isinstance(found, dict):
+            found = {name: self._value(name, value) for name, value in found.items()}
+        return self._made(found)
+
+    def _batch(self, columns: Any) -> Any:
+        found = _columns_of(columns)
+        if isinstance(found, dict):
+            found = {name: _stacked(value) if self._is_stacked(name) else value for name, value in found.items()}
+        return self._made(found)
 
     def _finished(self, sample: Any) -> Any:
         """A sample as `__getitem__` gives it, which is not called where nothing is overridden."""
@@ -62,12 +85,12 @@ class ColumnarDataset(torch.utils.data.IterableDataset[Any]):
             raise ConfigError("a data set that mixes several has no samples by number")
         if isinstance(at, Sequence) and not isinstance(at, str | bytes):
             return [self[number] for number in at]
-        return self._finished(self._made(_columns_of(self._data[at])))
+        return self._finished(self._sample(self._data[at]))
 
     def __iter__(self) -> Iterator[Any]:
         """An epoch of this rank, or worker."""
         for number, sample in enumerate(self._data):
-            yield self[_Here(number, self._made(_columns_of(sample)))]
+            yield self[_Here(number, self._sample(sample))]
 
     def state_dict(self, *position: Any, **more: Any) -> dict[str, Any]:
         """Use the loader's: `StreamingDataLoader.state_dict()`, which knows what was delivered."""
@@ -107,7 +130,7 @@ class ColumnarLoader(DataLoader[Any]):
         batches, source = super().__iter__(), self._source
         if source is None or self._maps:
             return batches
-        return (source._made(_columns_of(batch)) for batch in batches)
+        return (source._batch(batch) for batch in batches)
 
 
 class _Here(int):
@@ -130,7 +153,18 @@ class Changed:
 
     def __call__(self, sample: Any) -> Any:
         self._count += 1
-        return self._dataset[_Here(self._count, self._dataset._made(_columns_of(sample)))]
+        return self._dataset[_Here(self._count, self._dataset._sample(sample))]
+
+
+def _stacked(values: Any) -> Any:
+    """Arrays of one shape and dtype as the tensor that torch's default_collate makes of them; all else as it is."""
+    if isinstance(values, Ragged) and values.kind == "array":
+        shapes = set(values.lengths.tolist() if values.shapes is None else values.shapes)
+        return torch.from_numpy(np.asarray(values)) if len(shapes) == 1 and values.present is None else values
+    if isinstance(values, list) and all(isinstance(value, np.ndarray) for value in values):
+        alike = {(value.shape, value.dtype) for value in values}
+        return torch.from_numpy(np.stack(values)) if len(alike) == 1 else values
+    return values
 
 
 def _columns_of(sample: Any) -> Any:

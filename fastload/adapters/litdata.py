@@ -14,6 +14,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
+
 from fastload import callers
 from fastload.adapters.columnar import Changed, ColumnarDataset, ColumnarLoader
 from fastload.client.cache import AnyCache
@@ -21,7 +24,7 @@ from fastload.dataset import StreamingDataset as _Streamed
 from fastload.errors import ConfigError
 from fastload.files import open as open_file
 from fastload.formats import tokens
-from fastload.formats.litdata import tree
+from fastload.formats.litdata import serializers, tree
 from fastload.mixture import Mixture
 
 __all__ = ["CombinedStreamingDataset", "StreamingDataLoader", "StreamingDataset"]
@@ -42,6 +45,9 @@ _IGNORED = {
     "profile_dir": "FASTLOAD_TRACE=file.json traces a loader",
     "profile_cprofile": "FASTLOAD_TRACE=file.json traces a loader",
 }
+
+_OF_TENSORS = ("tensor", "no_header_tensor", "jpeg", "image", "jpeg_array")
+_OF_PYTHON = ("int", "float", "bool", "json")
 
 
 class StreamingDataset(ColumnarDataset):
@@ -110,6 +116,7 @@ class StreamingDataset(ColumnarDataset):
         super().__init__(_Streamed(url, **self._options))
         self._url, self._is_flat = url, False
         self._tree: Any = None if block_size is None else "tokens"  # a sample is all that it has
+        self._serializers = {"tokens": "tensor"}  # by column
         self.transform: list[Callable[[Any], Any]] = (
             [] if transform is None else [transform] if callable(transform) else list(transform)
         )
@@ -125,13 +132,28 @@ class StreamingDataset(ColumnarDataset):
         if self._tree is None:
             url = f"{self._url}index.json"
             with open_file(url, self._options["cache"], storage_options=self._options["storage_options"]) as file:
-                self._tree = tree(file.read(), url)
+                data = file.read()
+            self._tree, self._serializers = tree(data, url), serializers(data, url)
             self._is_flat = isinstance(self._tree, dict) and all(name == path for name, path in self._tree.items())
 
     def _made(self, columns: dict[str, Any]) -> Any:
+        return columns if self._is_flat else _filled(self._tree, columns)
+
+    def _sample(self, columns: dict[str, Any]) -> Any:
         if self._tree is None:
             self.prepare()
-        return columns if self._is_flat else _filled(self._tree, columns)
+        return super()._sample(columns)
+
+    def _value(self, column: str, value: Any) -> Any:
+        kind = self._serializers[column]
+        if kind in _OF_TENSORS:
+            return [torch.from_numpy(each) for each in value] if kind == "jpeg_array" else torch.from_numpy(value)
+        if kind in _OF_PYTHON and isinstance(value, np.generic | np.ndarray):
+            return value.tolist()
+        return value
+
+    def _is_stacked(self, column: str) -> bool:
+        return self._serializers[column] not in _OF_PYTHON
 
     def _finished(self, sample: Any) -> Any:
         for function in self.transform:
@@ -229,10 +251,11 @@ def _filled(node: Any, columns: Mapping[str, Any]) -> Any:
 
 
 def _has_any(node: Any, columns: Mapping[str, Any]) -> bool:
-    """Whether a leaf of it is read."""
+    """Whether a leaf of it is read, or it is empty as it was written."""
     if isinstance(node, str):
         return node in columns
-    return any(_has_any(child, columns) for child in (node.values() if isinstance(node, dict) else node))
+    children = node.values() if isinstance(node, dict) else node
+    return not node or any(_has_any(child, columns) for child in children)
 
 
 def _tail(drop_last: bool | None) -> str:

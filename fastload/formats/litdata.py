@@ -265,6 +265,11 @@ def tree(data: bytes, url: str) -> Any:
     return _filled(json.loads(config.data_spec)[1], names)
 
 
+def serializers(data: bytes, url: str) -> dict[str, str]:
+    """The serializer of each column of the index at `url`, without its dtype. ConfigError as above."""
+    return {name: form.partition(":")[0] for name, form in json.loads(layout(data, url))["columns"]}
+
+
 def _filled(node: Any, names: Iterator[Any]) -> Any:
     spec = msgspec.convert(node, _Spec)
     if spec.type is None:

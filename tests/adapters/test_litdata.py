@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 import fastload
@@ -67,6 +70,34 @@ def test_samples_are_the_trees_that_were_written(url: str, cache: fastload.Cache
     check(flat(dataset[5]), 5)
     assert [int(sample["id"]) for sample in dataset[3:6]] == [0, 1, 2]
     dataset.close()
+
+
+def test_leaves_are_what_litdata_gives(url: str, cache: fastload.Cache, tmp_path: Path) -> None:
+    dataset = StreamingDataset(url, cache=cache)
+    sample, by_number = next(iter(dataset)), dataset[0]
+    for leaves in (flat(sample), flat(by_number)):
+        kinds = {name: type(leaf) for name, leaf in leaves.items() if name[:5] != "words"}
+        assert kinds == {
+            "id": int, "meta/näme": str, "meta/ok": bool, "meta/pair/0": float, "meta/pair/1": bytes,
+            "matrix": torch.Tensor, "row": torch.Tensor, "grid": np.ndarray, "line": np.ndarray,
+            "png": torch.Tensor, "bare": Image.Image, "jpegs": list,
+        }  # fmt: skip
+        assert type(leaves["jpegs"][0]) is torch.Tensor
+    batches = {size: next(iter(StreamingDataLoader(dataset, batch_size=size))) for size in (1, 2)}
+    assert (batches[1]["row"].shape, batches[1]["grid"].shape) == ((1, 0), (1, 1, 2))
+    assert (batches[2]["row"].lengths.tolist(), len(batches[2]["grid"])) == ([0, 1], 2)
+    dataset.close()
+    about = json.loads((WRITTEN / "litdata" / "index.json").read_bytes())
+    version, root = json.loads(about["config"]["data_spec"])
+    keys = json.loads(root["context"])
+    root["context"] = json.dumps([*keys, "none", "nothing"])
+    empty = {"context": "[]", "children_spec": []}
+    root["children_spec"] += [{"type": "builtins.dict", **empty}, {"type": "builtins.tuple", **empty}]
+    about["config"]["data_spec"] = json.dumps([version, root])
+    shutil.copytree(WRITTEN / "litdata", tmp_path / "lit")
+    (tmp_path / "lit" / "index.json").write_text(json.dumps(about))
+    sample = StreamingDataset(str(tmp_path / "lit"), cache=cache)[0]
+    assert (sample["none"], sample["nothing"]) == ({}, ())
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -52,6 +53,16 @@ def test_samples_are_dicts_of_the_columns(remote: str, cache: fastload.Cache) ->
     check(dataset[5], 5)
     assert [int(sample["id"]) for sample in dataset[3:6]] == [0, 1, 2]
     dataset._data.close()
+
+
+def test_arrays_of_one_shape_are_a_tensor(remote: str, cache: fastload.Cache) -> None:
+    dataset = StreamingDataset(remote=remote, split="train", cache=cache)
+    arrays = [name for name, value in dataset[0].items() if isinstance(value, np.ndarray) and value.ndim]
+    assert arrays
+    batch = next(iter(StreamingDataLoader(dataset, batch_size=1)))
+    assert {name: batch[name].shape for name in arrays} == {name: (1, *dataset[0][name].shape) for name in arrays}
+    assert {type(batch[name]) for name in arrays} == {torch.Tensor}
+    dataset.close()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
