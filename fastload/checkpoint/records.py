@@ -181,9 +181,11 @@ class Part:
         values: Iterable[tuple[str, str, bytes]] = (),
         references: Sequence[Reference] = (),
         hashes: Mapping[Piece, bytes] | None = None,
+        shared: Mapping[Piece, tuple[Piece, int]] | None = None,
     ) -> Part:
         """Of segments with their checksums, which lie under the names that `object_name` gives them, and of pieces that
-        lie elsewhere. `hashes` has those of all pieces.
+        lie elsewhere. `hashes` has those of all pieces. `shared` are pieces whose bytes are in another one, which lies
+        in a segment, and where in that they begin.
         """
         numbers: dict[tuple[str, str, tuple[int, ...]], int] = {}
         rows: list[tuple[int, int, int]] = []
@@ -198,6 +200,21 @@ class Part:
             for piece, offset in zip(segment.pieces, segment.offsets, strict=True)
         ]
         others: dict[str, int] = {}
+        if shared:
+            at = {piece: (number, offset) for piece, number, offset in places}
+            found = [(*at[stored], within, piece) for piece, (stored, within) in shared.items()]
+            # In further entries for the same object, as many as it takes: in one no two pieces share a byte.
+            entries: dict[int, list[tuple[int, int]]] = {}  # number, and what is free from where on
+            for number, offset, within, piece in sorted(found, key=lambda each: (each[0], each[1] + each[2])):
+                start, free = offset + within, entries.setdefault(number, [])
+                entry = next((each for each in free if each[1] <= start), None)
+                if entry is None:
+                    entry = len(objects), 0
+                    objects.append(objects[number])
+                else:
+                    free.remove(entry)
+                free.append((entry[0], start + piece.length))
+                places.append((piece, entry[0], start))
         for each in references:
             if each.object.name not in others:
                 others[each.object.name] = len(objects)
@@ -479,16 +496,17 @@ class Record(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields
 
     @property
     def own(self) -> list[Object]:
-        """Its own objects, in their order."""
-        return [each for each in (Object(*each) for each in self.wire_objects) if not each.beside]
+        """Its own objects, in their order, each once."""
+        return list(
+            {each.name: each for each in (Object(*each) for each in self.wire_objects) if not each.beside}.values()
+        )
 
     def with_sums(self, sums: Sequence[bytes]) -> Record:
         """With these checksums of its own objects."""
-        left = iter(sums)
-        objects = (Object(*each) for each in self.wire_objects)
+        found = {each.name: one for each, one in zip(self.own, sums, strict=True)}
         return msgspec.structs.replace(
             self,
-            wire_objects=tuple((each.name, each.size, each.sums if each.beside else next(left)) for each in objects),
+            wire_objects=tuple((name, size, found.get(name, old)) for name, size, old in self.wire_objects),
         )
 
     def encode(self) -> bytes:

@@ -53,7 +53,7 @@ def save(
     It is copied into memory that the node's cache service shares, which writes it to the disk of `cache` and to the
     store; the state may change once this returns. That is when it is as safe as `until` says: `memory`, so that this
     process may die; `disk`, so that the machine may; `store`, where it is committed. The `Saving` says how far it is,
-    and waits. Tensors that share memory are stored once for each name.
+    and waits. Tensors that share memory are stored once.
 
     Raises `CheckpointExistsError` where one is there, unless it is to be overwritten, which leaves it whole until the
     new one is; and where another process saves there at the same time, and is first. `ConfigError`: the store does not

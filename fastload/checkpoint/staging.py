@@ -55,9 +55,12 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where each tensor of a state goes in an image of so many bytes, in the order in which they are found."""
+    """Where each tensor of a state goes in an image of so many bytes, in the order in which they are found; those that
+    are `tied` share the memory of others.
+    """
 
     offsets: list[int]
+    tied: frozenset[int]
     data_bytes: int
     byte_count: int
 
@@ -79,11 +82,12 @@ class Layout:
             return value
 
         _rebuilt(state, seen, other)
-        stored = [number for number, tensor in enumerate(tensors) if tensor.dtype in NAMES]
+        tied = {number: at for number, at in enumerate(shared_memory(tensors)) if at is not None}
+        stored = [number for number, tensor in enumerate(tensors) if tensor.dtype in NAMES and number not in tied]
         # As a segment has them, wide ones come first; and so behind those that no other rank has.
         stored.sort(key=lambda number: (not found[number][1], -tensors[number].itemsize))
         offsets, end, data_bytes = [0] * len(tensors), 0, 0
-        for number in set(range(len(tensors))) - set(stored):  # they are values, and pickled
+        for number in set(range(len(tensors))) - set(stored) - tied.keys():  # they are values, and pickled
             offsets[number] = end
             end = _aligned(end + tensors[number].nbytes, PAGE_BYTES)
             value_bytes += tensors[number].nbytes + PAGE_BYTES
@@ -97,10 +101,43 @@ class Layout:
                 data_bytes += tensors[number].nbytes
             # One that is larger than a segment is cut, and its parts get headers.
             end = _aligned(end, PAGE_BYTES) + 4 * PAGE_BYTES * (tensors[numbers[-1]].nbytes // SEGMENT_BYTES)
+        for number, (host, within) in tied.items():
+            offsets[number] = offsets[host] + within
         record = sum(5 * len(name) + 40 * tensor.dim() + 200 for tensor, (name, _) in zip(tensors, found, strict=True))
         # By the way, checksums, or hashes of small pieces.
         end += record + value_bytes + data_bytes // 2048 + _RECORD_BYTES
-        return cls(offsets, data_bytes, _aligned(end, PAGE_BYTES))
+        return cls(offsets, frozenset(tied), data_bytes, _aligned(end, PAGE_BYTES))
+
+
+def shared_memory(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int] | None]:
+    """Of each tensor that has the elements of another one, or contiguous ones a part of them: the number of that one,
+    and where in its bytes they begin. None of those that are named is itself one of these.
+    """
+    found: list[tuple[int, int] | None] = []
+    same: dict[tuple[Any, ...], int] = {}
+    ranges: list[tuple[str, torch.dtype, int, int, int]] = []
+    for number, tensor in enumerate(tensors):
+        found.append(None)
+        if not tensor.numel() or tensor.is_meta:
+            continue
+        start = tensor.data_ptr()
+        # Conjugated and negated views have the same memory, and other values.
+        key = tensor.device, tensor.dtype, start, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
+        if key in same:
+            found[number] = same[key], 0
+            continue
+        same[key] = number
+        if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+            ranges.append((str(tensor.device), tensor.dtype, start, start + tensor.nbytes, number))
+    host: tuple[str, torch.dtype, int, int, int] | None = None
+    for each in sorted(ranges, key=lambda each: (each[0], each[2], -each[3], each[4])):
+        device, dtype, start, end, number = each
+        if host is not None and host[:2] == (device, dtype) and end <= host[3]:
+            found[number] = host[4], start - host[2]
+        elif host is None or host[0] != device or start >= host[3]:
+            host = each
+    # One that is the same as one that is a part of another is that part as well.
+    return [each if each is None or (of := found[each[0]]) is None else (of[0], of[1] + each[1]) for each in found]
 
 
 def _areas(sizes: Sequence[int], are_own: Sequence[bool]) -> list[list[int]]:
@@ -137,7 +174,7 @@ def stage(
         image, array = taken, images.lend(taken)
     held = torch.from_numpy(array)
     del array
-    offsets = iter(layout.offsets)
+    numbers = iter(range(len(layout.offsets)))
     devices: set[torch.device] = set()
 
     def staged(tensor: torch.Tensor, name: str, is_own: bool) -> torch.Tensor:
@@ -145,9 +182,10 @@ def stage(
             devices.add(tensor.device)
             if images is not None:
                 _register(image, tensor.device)
-        offset = next(offsets)
+        number = next(numbers)
+        offset = layout.offsets[number]
         there = held[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        return there.copy_(tensor.detach(), non_blocking=True)
+        return there if number in layout.tied else there.copy_(tensor.detach(), non_blocking=True)
 
     with torch.no_grad():
         copied = _rebuilt(state, staged, copy.deepcopy)

@@ -31,14 +31,16 @@ from fastload.checkpoint.saving import WAIT_S, Here, Saving, Stored, checked_lev
 from fastload.checkpoint.segments import (
     BLOCK_BYTES,
     PAGE_BYTES,
+    SEGMENT_BYTES,
     Arrangement,
     Piece,
     Segment,
     arrange,
     checksums,
+    cut_to,
     lay_out,
 )
-from fastload.checkpoint.staging import home_of
+from fastload.checkpoint.staging import home_of, shared_memory
 from fastload.checkpoint.values import DTYPES, bytes_of
 from fastload.client.cache import AnyCache, Handle, handle_of
 from fastload.client.saver import Saver
@@ -86,8 +88,11 @@ def start(
     """
     checked_level(until, "until")
     path = os.fspath(url)
-    others = partial(Part.of, values=values, references=references, hashes=hashes)
-    segments = tuple(lay_out(pieces))
+    pieces = list(cut_to(pieces, SEGMENT_BYTES))
+    shared = _shared(pieces, tensors)
+    pieces = [piece for piece in pieces if piece not in shared] if shared else pieces
+    others = partial(Part.of, values=values, references=references, hashes=hashes, shared=shared)
+    segments = tuple(lay_out(pieces, SEGMENT_BYTES))
     save = _Save(path, storage_options, attempt, begun, rank, segments, tensors, others, commits, timeout_s)
     if until == "store" and save.total_bytes < SMALL_BYTES:
         return save.straight()
@@ -99,7 +104,7 @@ def start(
         )
     # What another process has sent is only its own again once it is stored, for which other levels do not wait.
     if home is not None and home[0].saving is None and (until == "store" or not home[0].is_received):
-        return save.in_place(home[0], arrange(list(zip(pieces, home[1], strict=True))), handle)
+        return save.in_place(home[0], arrange(list(zip(pieces, home[1], strict=True)), SEGMENT_BYTES), handle)
     draft, starts = save.draft(segments), _starts(segments)
     images = images_of(handle)
     need_bytes, room = starts[-1] + len(draft), room_bytes(handle)
@@ -320,6 +325,25 @@ def held_of(piece: Piece, held: Held) -> torch.Tensor:
     parts = [(held, Box.whole(piece.shape))] if isinstance(held, torch.Tensor) else held
     tensor, box = next((tensor, box) for tensor, box in parts if piece.box in box)
     return tensor.detach()[piece.box.within(box)]
+
+
+def _shared(pieces: Sequence[Piece], tensors: Mapping[str, Held]) -> dict[Piece, tuple[Piece, int]]:
+    """Those whose bytes are those of another one in memory, or a part of them: which one, and where in it."""
+
+    def of(number: int) -> torch.Tensor:
+        return held_of(pieces[number], tensors[pieces[number].name])
+
+    if not pieces or of(0).data_ptr() != of(0).data_ptr():
+        return {}  # a planner makes them anew each time
+    found = {}
+    for number, at in enumerate(shared_memory(map(of, range(len(pieces))))):
+        if at is not None:
+            host, offset = at
+            # Both at once: the memory of one that was made for this, and has gone, may be that of the next.
+            both = of(host), of(number)
+            if both[1].data_ptr() - both[0].data_ptr() == offset:
+                found[pieces[number]] = pieces[host], offset
+    return found
 
 
 def _starts(segments: Sequence[Segment]) -> list[int]:

@@ -29,7 +29,6 @@ from fastload.checkpoint import Reader, Writer, attempts, distcp, strided, writi
 from fastload.checkpoint.dcp_writer import deal
 from fastload.checkpoint.images import Image, Images
 from fastload.checkpoint.records import Object
-from fastload.checkpoint.segments import arrange
 from fastload.checkpoint.staging import Layout, stage
 from fastload.checkpoint.strided import Strided, dense, runs
 from fastload.checkpoint.writing import images_of
@@ -275,7 +274,7 @@ def test_what_is_staged_is_saved_from_where_it_lies(
     for number, large in ((1, 0), (2, 0), (3, 3)):
         if large:
             monkeypatch.setattr("fastload.checkpoint.staging.SEGMENT_BYTES", 4 << 20)
-            monkeypatch.setattr(writing, "arrange", lambda placed: arrange(placed, 4 << 20))
+            monkeypatch.setattr(writing, "SEGMENT_BYTES", 4 << 20)
         state = {**state_of(number), "large": torch.randn(1000 * number, 3001), "i": torch.arange(5)}
         writer = Writer(tmp_path / str(number), cache=cache, until="memory")
         dcp.async_save(state, storage_writer=writer).result()

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from fastload.checkpoint import Reader, Writer, attempts, writing
 from fastload.checkpoint.boxes import Box
 from fastload.checkpoint.images import Image
-from fastload.checkpoint.segments import DTYPES, PAGE_BYTES, Piece, arrange, header_of, lay_out
+from fastload.checkpoint.segments import DTYPES, PAGE_BYTES, Piece, arrange, header_of
 from fastload.checkpoint.values import NAMES
 from tests.checkpoint.saving import MemoryStore
 
@@ -129,7 +129,7 @@ def test_what_any_ranks_save_any_others_load(world: Any, segment_bytes: int) -> 
     store = MemoryStore()
     with (
         mock.patch.object(attempts, "open_store", return_value=store),
-        mock.patch.object(writing, "lay_out", lambda pieces: lay_out(pieces, segment_bytes)),
+        mock.patch.object(writing, "SEGMENT_BYTES", segment_bytes),
     ):
         save([SavePlan(each) for each in items], [Planner(each) for each in held])
         stored = sum(info.size for url, (_, info) in store.objects.items() if url.endswith(".safetensors"))

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import fastload
 from fastload import checkpoint
-from fastload.checkpoint import attempts, single, values
+from fastload.checkpoint import attempts, single, values, writing
 from fastload.checkpoint import values as tensors
 from fastload.checkpoint.attempts import Place
 from fastload.checkpoint.boxes import Box
@@ -129,16 +129,56 @@ def test_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     same({name: tensor.contiguous() for name, tensor in state.items()}, checkpoint.load(tmp_path / "1"))
 
 
-def test_tied_weights_are_stored_for_each_name_and_filled_where_they_lie(tmp_path: Path) -> None:
-    tied = torch.arange(1000.0)
-    saving = checkpoint.save({"embedding": tied, "head": tied}, tmp_path / "1")
-    assert saving.progress().total_bytes > 2 * tied.nbytes
-    found = checkpoint.load(tmp_path / "1")
-    assert found["embedding"].data_ptr() != found["head"].data_ptr()
-    same(found, {"embedding": tied, "head": tied})
-    into = torch.zeros(1000)
-    checkpoint.load(tmp_path / "1", into={"embedding": into, "head": into})
-    assert into.equal(tied)
+def tied_state() -> dict[str, Any]:
+    """Of 100,000 bytes, though its tensors have many more."""
+    weight, stack = torch.randn(100, 100), torch.randn(10, 500)
+    by_rows = {str(number): row for number, row in enumerate(stack)}
+    turned, scalar = torch.randn(50, 100).T, torch.tensor(2.0)
+    return {
+        "rows": by_rows,  # before what they are parts of
+        "embedding": weight,
+        "head": torch.nn.Parameter(weight),
+        "flat": weight.view(-1)[300:700],
+        "columns": weight[:, 3:5],  # which do not lie side by side, and are stored apart
+        "stack": stack,
+        "turned": [turned, turned, turned.T, scalar, scalar],  # of which the one is the other in another order
+        "empty": [weight[:0], weight[:0]],
+        "other": torch.randn(100).to(torch.bfloat16).view(torch.uint8),
+        "conjugate": (found := torch.randn(4, dtype=torch.complex64), found.conj())[1],
+        "imaginary": found,
+    }
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
+@pytest.mark.parametrize("by", ["save", "dcp.save", "dcp.async_save", "dedup"])
+def test_tied_weights_are_stored_once_and_filled_where_they_lie(
+    tmp_path: Path, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are apart when they are loaded: what is done to one is not done to others."""
+    monkeypatch.setattr("fastload.checkpoint.writing.SMALL_BYTES", 0)  # also what goes by the service
+    state, url = tied_state(), tmp_path / "run" / "1"
+    with fastload.Cache(tmp_path / "cache", ram_bytes="1MiB", disk_bytes="1MiB", chunk_bytes="64KiB") as cache:
+        if by == "save":
+            checkpoint.save(state, url, cache=cache)
+        elif by == "dedup":
+            checkpoint.Run(tmp_path / "run", dedup=True, cache=cache).save(1, state)
+        else:
+            saving = getattr(dcp, by.removeprefix("dcp."))(state, storage_writer=checkpoint.Writer(url, cache=cache))
+            state["embedding"].add_(0) if by == "dcp.save" else saving.result()
+    stored = sum(path.stat().st_size for path in url.glob("*/*.safetensors"))
+    assert 100_000 < stored < 106_000
+    same(found := checkpoint.load(url), state)
+    before = found["flat"].clone(), found["rows"]["3"].clone()
+    for name in ("embedding", "head", "stack"):
+        found[name].zero_()
+    same([found["flat"], found["rows"]["3"]], list(before))
+    into = torch.zeros(100, 100)
+    checkpoint.load(url, into={"embedding": into, "head": into})
+    assert into.equal(state["embedding"])
+    assert next(checkpoint.stream(url, names=["head"]))[1].equal(state["head"])
+    with attempts.opened(url, None) as place:
+        there = attempts.contents(place)
+    assert sum(each.size for each in there.objects) == stored
 
 
 def test_lazily_conjugated_tensors(tmp_path: Path) -> None:
@@ -459,7 +499,7 @@ def test_only_what_is_needed_is_read(s3: Bucket, tmp_path: Path, monkeypatch: py
 
 
 def test_large_tensors_are_in_several_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(single, "lay_out", lambda pieces: lay_out(pieces, 1 << 20))
+    monkeypatch.setattr(writing, "SEGMENT_BYTES", 1 << 20)
     state = {"w": torch.randn(1000, 1000), "b": torch.randn(5)}
     checkpoint.save(state, tmp_path / "1")
     assert len(list((tmp_path / "1").rglob("*.safetensors"))) == 4
