@@ -327,6 +327,8 @@ class Core:
         beginning = {chunk.entry.origin for each in self.consumers for chunk in each.waits_to_begin()}
         for chunk in self.warming.begin_turn(self._residency.loading, beginning):
             self._residency.give_up(chunk)
+        if self.savings.is_sending and (beginning or self.warming.a_job_waits(self._residency.loading)):
+            self.savings.loader_waits()
         capacity = Capacity(
             self._residency.reads.idle,
             self._fetches.idle,

@@ -22,7 +22,7 @@ from fastload import checkpoint, protocol
 from fastload.cache import syscalls
 from fastload.checkpoint import attempts
 from fastload.checkpoint.boxes import Box
-from fastload.checkpoint.segments import Piece, checksums, lay_out
+from fastload.checkpoint.segments import Piece, checksums
 from fastload.checkpoint.writing import start
 from fastload.client.connector import Connector
 from fastload.client.saver import Saver
@@ -251,7 +251,7 @@ def test_the_last_service_dies_and_the_process_goes_on_by_itself(
     with attempts.opened(tmp_path / "1", None) as place:
         plan = attempts.begin(place, 2, overwrite=False, now_s=0)
     pieces = [Piece("w", "F32", (2 * half,), Box((half * rank,), (half,))) for rank in range(2)]
-    given = [(tmp_path / "1", None, plan.attempt, rank, list(lay_out([pieces[rank]])), state()) for rank in range(2)]
+    given = [(tmp_path / "1", None, plan.attempt, rank, [pieces[rank]], state()) for rank in range(2)]
     first = start(*given[0], cache=cache, until="memory", commits=True)
     until(lambda: list((tmp_path / "1").rglob("*.part")))  # a service that is killed before leaves what it writes
     failed = []

@@ -266,3 +266,26 @@ def test_what_the_job_will_read_itself_is_not_given_up(world: World) -> None:
         assert reads_of(world, 1) == 8
 
     world.run(work)
+
+
+def test_uploads_hear_that_a_job_waits_for_a_store_and_of_nothing_else(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+
+    async def work(core: Core) -> None:
+        monkeypatch.setattr(type(core.savings), "is_sending", True)
+        monkeypatch.setattr(core.savings, "loader_waits", lambda: heard.append(what))
+        job, warm_up = Side(core, world.objects), WarmUp(core, world.objects)
+        what = "warm-up"
+        warm_up.warm(1)
+        await until(lambda: warm_up.is_finished, "it is warm")
+        what = "ahead"
+        job.want(8)  # which is there
+        await settle()
+        what = "waits"
+        job.want(0)
+        await until(lambda: len(job.granted) == 2, "the job has both")
+
+    world.run(work)
+    assert set(heard) == {"waits"}

@@ -176,9 +176,16 @@ class Controller:
     """Of one endpoint. `limit` is how many requests may be in flight now."""
 
     def __init__(
-        self, requests_max: int = REQUESTS_MAX, *, fixed: int = 0, start: int = AT_FIRST, known: Learnt | None = None
+        self,
+        requests_max: int = REQUESTS_MAX,
+        *,
+        fixed: int = 0,
+        start: int = AT_FIRST,
+        known: Learnt | None = None,
+        tuning: Tuning = TUNING,
     ) -> None:
         """`fixed`: the limit, for good. `start`: the first one. `known`: what an earlier run learnt, if it did."""
+        self._tuning = tuning
         self._max = max(1, requests_max)
         self._fixed, self._start = fixed, start
         self._known = known if known is not None and known.is_usable else None
@@ -193,13 +200,13 @@ class Controller:
         self._base: _Round | None = None
         self._base_limit = self._tried
         self._measured: tuple[int, _Round] | None = None  # the limit that stood last and was measured
-        self._step, self._cut = TUNING.raise_by, TUNING.cut_by
+        self._step, self._cut = self._tuning.raise_by, self._tuning.cut_by
         self._best_bytes_per_s, self._best_limit = 0.0, 0  # of the limits that stood
         self._floor, self._floor_until = 1, float("-inf")
-        self._rates: deque[tuple[float, float]] = deque(maxlen=TUNING.rates_count)
+        self._rates: deque[tuple[float, float]] = deque(maxlen=self._tuning.rates_count)
         self._raise_at = self._cut_at = float("-inf")
         self._refused_at = self._throttled_at = float("-inf")
-        self._ceiling, self._ceiling_until, self._ceiling_s = self._max, float("-inf"), TUNING.ceiling_s
+        self._ceiling, self._ceiling_until, self._ceiling_s = self._max, float("-inf"), self._tuning.ceiling_s
         self._least_throttled = 0
         self.saturated_at = 0  # so many bring as much as more do, as a trial has shown; 0: none has
 
@@ -221,7 +228,7 @@ class Controller:
                 self._refused(attempt, now)
             case Outcome.TIMED_OUT:
                 self.timed_out_count += 1
-                if attempt.waited_s < TUNING.starved_share * attempt.seconds:
+                if attempt.waited_s < self._tuning.starved_share * attempt.seconds:
                     self._refused(attempt, now)
             case Outcome.FAILED | Outcome.CANCELLED:  # says nothing of how much the store can take
                 pass
@@ -230,7 +237,7 @@ class Controller:
 
     def throttling(self, now: float) -> bool:
         """Whether the store has refused requests just now."""
-        return now < self._throttled_at + TUNING.throttling_s
+        return now < self._throttled_at + self._tuning.throttling_s
 
     def learnt(self) -> Learnt:
         """See `Learnt`; zeros before the first round."""
@@ -253,25 +260,28 @@ class Controller:
 
     def _round_count(self) -> int:
         if self._mode is _Mode.START:
-            return TUNING.start_count
-        each = 1 if self._step > TUNING.raise_by else 2
-        return max(TUNING.round_count_min if self._mode is _Mode.BASE else TUNING.trial_count_min, each * self.limit)
+            return self._tuning.start_count
+        each = 1 if self._step > self._tuning.raise_by else 2
+        return max(
+            self._tuning.round_count_min if self._mode is _Mode.BASE else self._tuning.trial_count_min,
+            each * self.limit,
+        )
 
     def _decide(self, found: _Round, now: float) -> None:
         self._rates.append((now, found.connection_bytes_per_s))
         self._stretch = _stretch(self._stretch, found.starved_share)
         if self._mode is _Mode.START and self._known is not None and _is_like(found, self._known):
             self._settle(self._tried, None, now)
-            self._raise_at, self._cut_at = now + 2 * TUNING.cut_every_s, now + TUNING.cut_every_s
+            self._raise_at, self._cut_at = now + 2 * self._tuning.cut_every_s, now + self._tuning.cut_every_s
         elif self._mode is _Mode.START:
             limit = self._tried if self._known is None else min(self._tried, self._start)
             self._settle(round(limit / found.on_the_wire), None, now)
-            self._try_first(cut=found.connection_bytes_per_s < TUNING.slow_bytes_per_s, now=now)
+            self._try_first(cut=found.connection_bytes_per_s < self._tuning.slow_bytes_per_s, now=now)
         elif self._changed(found):
             self._follow(found, now)
         elif self._mode is _Mode.BASE:
             self._base, self._measured = found, (self._tried, found)
-            if self._tried >= self._least_throttled and now > self._throttled_at + TUNING.ceiling_s_max:
+            if self._tried >= self._least_throttled and now > self._throttled_at + self._tuning.ceiling_s_max:
                 self._least_throttled = 0  # it takes that by now
             if not self._fell_below(found, now):
                 self._try(now)
@@ -285,11 +295,11 @@ class Controller:
         if self._tried >= self._best_limit:  # as much as can be had, whatever it was once
             self._best_limit, self._best_bytes_per_s = self._tried, found.bytes_per_s
             return False
-        if found.bytes_per_s >= (1.0 - TUNING.loses_in_all_share) * self._best_bytes_per_s:
+        if found.bytes_per_s >= (1.0 - self._tuning.loses_in_all_share) * self._best_bytes_per_s:
             return False
-        self._floor, self._floor_until = self._tried + 1, now + TUNING.ceiling_s_max
-        self._settle(min(self._best_limit, max(self._tried + 1, round(self._tried * TUNING.undo_by))), None, now)
-        self._cut_at = self._raise_at = now + TUNING.raise_every_s
+        self._floor, self._floor_until = self._tried + 1, now + self._tuning.ceiling_s_max
+        self._settle(min(self._best_limit, max(self._tried + 1, round(self._tried * self._tuning.undo_by))), None, now)
+        self._cut_at = self._raise_at = now + self._tuning.raise_every_s
         return True
 
     def _try(self, now: float) -> None:
@@ -298,7 +308,9 @@ class Controller:
         raised = min(max(self._tried + 1, round(self._tried * self._step)), ceiling)
         cut = min(self._tried - 1, int(self._tried * self._cut))
         may_raise = now >= self._raise_at and raised > self._tried
-        may_cut = now >= self._cut_at and cut >= max(TUNING.cut_to_min, self._floor if now < self._floor_until else 1)
+        may_cut = now >= self._cut_at and cut >= max(
+            self._tuning.cut_to_min, self._floor if now < self._floor_until else 1
+        )
         may_cut = may_cut and self._stretch == 1.0
         # Of both the one that has waited longer: where a round takes seconds, a raise would always be due again.
         if may_raise and not (may_cut and self._cut_at < self._raise_at):
@@ -313,42 +325,44 @@ class Controller:
         some more. Where connections hold each other up a little that is an estimate from above.
         """
         assert self._base is not None, "nothing was measured"
-        fastest = max(rate for at, rate in self._rates if at >= now - TUNING.rates_s)
+        fastest = max(rate for at, rate in self._rates if at >= now - self._tuning.rates_s)
         first_byte_s = self._base.seconds - self._base.body_seconds
         seconds = first_byte_s + self._base.byte_count / fastest
-        in_flight = TUNING.of_use_times * self._base.bytes_per_s * seconds / self._base.byte_count
-        return TUNING.of_use_more + math.ceil(in_flight)
+        in_flight = self._tuning.of_use_times * self._base.bytes_per_s * seconds / self._base.byte_count
+        return self._tuning.of_use_more + math.ceil(in_flight)
 
     def _judge(self, found: _Round, now: float) -> None:
         """A trial has been measured."""
         assert self._base is not None, "a trial without anything to compare it with"
         gain = found.bytes_per_s / self._base.bytes_per_s - 1.0
         change = self._tried / self._base_limit - 1.0
-        if self._mode is _Mode.RAISED and gain >= TUNING.pays_share * change:
-            self._step = TUNING.raise_fast_by if gain >= TUNING.pays_fully_share * change else TUNING.raise_by
+        if self._mode is _Mode.RAISED and gain >= self._tuning.pays_share * change:
+            self._step = (
+                self._tuning.raise_fast_by if gain >= self._tuning.pays_fully_share * change else self._tuning.raise_by
+            )
             self.saturated_at = 0
             self._settle(self._tried, found, now)
-            self._cut_at = now + TUNING.cut_every_s
+            self._cut_at = now + self._tuning.cut_every_s
             self._try(now)
         elif self._mode is _Mode.RAISED:
             # Between a large step and none there may be a small one.
-            self._raise_at = now if self._step > TUNING.raise_by else now + TUNING.raise_every_s
-            self._step = TUNING.raise_by
+            self._raise_at = now if self._step > self._tuning.raise_by else now + self._tuning.raise_every_s
+            self._step = self._tuning.raise_by
             self.saturated_at = self._base_limit
             self._settle(self._base_limit, self._base, now)
         elif (
-            gain >= TUNING.loses_share * change
-            and found.bytes_per_s >= (1.0 - TUNING.loses_in_all_share) * self._best_bytes_per_s
+            gain >= self._tuning.loses_share * change
+            and found.bytes_per_s >= (1.0 - self._tuning.loses_in_all_share) * self._best_bytes_per_s
         ):
-            self._raise_at = now + TUNING.raise_every_s
+            self._raise_at = now + self._tuning.raise_every_s
             self.saturated_at = self._tried
             self._settle(self._tried, found, now)
             self._try(now)
         else:
-            self._cut_at = now + TUNING.cut_every_s
-            if self._cut < TUNING.cut_by:  # between a large step and none there may be a small one
+            self._cut_at = now + self._tuning.cut_every_s
+            if self._cut < self._tuning.cut_by:  # between a large step and none there may be a small one
                 self._cut_at = self._raise_at = now
-            self._cut = TUNING.cut_by
+            self._cut = self._tuning.cut_by
             self._settle(self._base_limit, self._base, now)
 
     def _changed(self, found: _Round) -> bool:
@@ -358,11 +372,11 @@ class Controller:
             return False
         if base.first_byte_s is not None and found.first_byte_s is not None:
             off_s = abs(found.first_byte_s - base.first_byte_s)
-            noise_s = TUNING.first_byte_noise_s + 3 * (base.first_byte_error_s + found.first_byte_error_s)
-            if off_s > max(noise_s, TUNING.first_byte_changed_share * base.first_byte_s):
+            noise_s = self._tuning.first_byte_noise_s + 3 * (base.first_byte_error_s + found.first_byte_error_s)
+            if off_s > max(noise_s, self._tuning.first_byte_changed_share * base.first_byte_s):
                 return True
         off = abs(found.bytes_per_s / base.bytes_per_s - 1.0)
-        return self._mode is _Mode.BASE and self._stretch == 1.0 and off > TUNING.changed_share
+        return self._mode is _Mode.BASE and self._stretch == 1.0 and off > self._tuning.changed_share
 
     def _follow(self, found: _Round, now: float) -> None:
         """Keep as many bodies on the wire as there were before the change, and begin to try at once."""
@@ -371,7 +385,7 @@ class Controller:
         self._rates.clear()
         self._rates.append(last)
         bodies = self._base_limit * self._base.on_the_wire
-        self._try_first(cut=found.connection_bytes_per_s < TUNING.slow_bytes_per_s, now=now)
+        self._try_first(cut=found.connection_bytes_per_s < self._tuning.slow_bytes_per_s, now=now)
         limit = round(bodies / found.on_the_wire)
         if self._mode is _Mode.BASE and abs(limit - self._tried) <= 1:
             self._settle(self._tried, found, now)
@@ -383,10 +397,10 @@ class Controller:
         """Nothing is known of other limits. With `cut` a connection is slow, perhaps since there are too many."""
         self._best_bytes_per_s, self._best_limit, self._floor = 0.0, 0, 1
         self.saturated_at = 0
-        self._step = TUNING.raise_by
-        self._cut = TUNING.cut_fast_by if cut else TUNING.cut_by
+        self._step = self._tuning.raise_by
+        self._cut = self._tuning.cut_fast_by if cut else self._tuning.cut_by
         self._cut_at = now
-        self._raise_at = now + TUNING.raise_every_s if cut else now
+        self._raise_at = now + self._tuning.raise_every_s if cut else now
 
     # The limit
 
@@ -418,14 +432,14 @@ class Controller:
         at, self._stretch, self.saturated_at = self.limit, 1.0, 0
         if attempt.outcome is Outcome.THROTTLED:
             again = now < self._ceiling_until + self._ceiling_s
-            self._ceiling_s = min(TUNING.ceiling_s_max, 2 * self._ceiling_s) if again else TUNING.ceiling_s
-            self._ceiling, self._ceiling_until = max(1, int(at * TUNING.ceiling_share)), now + self._ceiling_s
+            self._ceiling_s = min(self._tuning.ceiling_s_max, 2 * self._ceiling_s) if again else self._tuning.ceiling_s
+            self._ceiling, self._ceiling_until = max(1, int(at * self._tuning.ceiling_share)), now + self._ceiling_s
             self._least_throttled = min(at, self._least_throttled or at)
         else:  # no ceiling keeps the limit from going back at once to what was best
             self._best_bytes_per_s, self._best_limit = 0.0, 0
-        self._refused_at, self._step = now, TUNING.raise_by
-        self._settle(int(at * TUNING.refused_by), None, now)
-        self._raise_at = self._cut_at = now + TUNING.raise_every_s
+        self._refused_at, self._step = now, self._tuning.raise_by
+        self._settle(int(at * self._tuning.refused_by), None, now)
+        self._raise_at = self._cut_at = now + self._tuning.raise_every_s
 
 
 def _stretch(before: float, starved_share: float) -> float:

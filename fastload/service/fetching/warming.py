@@ -62,11 +62,7 @@ class Warming:
             plan.more_to_look_at = False
         remote = [chunk for chunk in loading if chunk.source == SOURCE_REMOTE]
         of_jobs = {chunk for chunk in remote if chunk not in self._in_flight or _is_wanted_by_job(chunk)}
-        to_come = [
-            chunk
-            for chunk in chain(self._shared.leases.demanded, self._shared.leases.wanted)
-            if _is_wanted_by_job(chunk) and not self._shared.on_disk(chunk.entry, chunk.index)
-        ]
+        to_come = self._to_come()
         now = self._now()
         waited_for = {chunk.entry.origin for chunk in chain(of_jobs, to_come) if _is_waited_for_by_job(chunk)}
         self._limit.observe(bool(of_jobs or to_come), {*waited_for, *beginning}, now)
@@ -84,6 +80,19 @@ class Warming:
             self._counts[chunk.entry.origin] += 1
         self._turn = self._limit.turn(in_flight, self._endpoints.links, now)
         return given_up
+
+    def _to_come(self) -> list[Chunk]:
+        """What jobs want of stores, and is not being loaded yet."""
+        return [
+            chunk
+            for chunk in chain(self._shared.leases.demanded, self._shared.leases.wanted)
+            if _is_wanted_by_job(chunk) and not self._shared.on_disk(chunk.entry, chunk.index)
+        ]
+
+    def a_job_waits(self, loading: Collection[Chunk]) -> bool:
+        """Whether a thread of a job waits for a chunk from a store."""
+        remote = (chunk for chunk in loading if chunk.source == SOURCE_REMOTE)
+        return any(_is_waited_for_by_job(chunk) for chunk in chain(remote, self._to_come()))
 
     def in_flight_at(self, endpoint: str) -> int:
         """How many requests of warm-ups are in flight there."""

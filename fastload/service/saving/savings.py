@@ -20,6 +20,7 @@ has failed stay as long, since they may be the only copy, unless another checkpo
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import Counter
 from functools import partial
@@ -45,6 +46,7 @@ from fastload.service.saving.image import Image
 from fastload.service.saving.state import RETRY_S, Saving
 from fastload.service.saving.to_disk import ToDisk
 from fastload.service.saving.to_store import ToStore
+from fastload.service.saving.upload_limit import WAITED_S
 from fastload.service.state import ConsumerState
 
 log = logging.getLogger("fastload.service")
@@ -66,6 +68,7 @@ class Savings:
         self._resources, self._loop = resources, resources.pools.loop
         self._savings: dict[str, Saving] = {}  # by name, in the order in which they began
         self._closed = False
+        self._after_loaders: asyncio.TimerHandle | None = None
         self.counters: Counter[str] = Counter(
             checkpoints_saved=0, checkpoints_failed=0, checkpoint_written_bytes=0, checkpoint_stored_bytes=0
         )
@@ -161,6 +164,18 @@ class Savings:
 
     # For who runs the service
 
+    def loader_waits(self) -> None:
+        """A thread of a loader waits for bytes of a store, which go before those of a save that nobody waits for."""
+        self._store.loader_waits()
+        if self._after_loaders is not None:
+            self._after_loaders.cancel()
+        self._after_loaders = self._loop.call_later(WAITED_S, self._pump)
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether uploads are in flight."""
+        return self._store.is_sending
+
     @property
     def is_busy(self) -> bool:
         """Whether the service has to go on for a save."""
@@ -197,6 +212,8 @@ class Savings:
 
     def close(self) -> None:
         self._closed = True
+        if self._after_loaders is not None:
+            self._after_loaders.cancel()
         for saving in self._savings.values():
             if saving.image is not None:
                 saving.image.close()
@@ -261,11 +278,12 @@ class Savings:
                 if self._store.is_free and self._can_go_on(saving):
                     self._begin(saving, saving.kept.begin)
                 continue
-            while self._store.is_free and self._can_go_on(saving) and saving.left:
+            while self._can_go_on(saving) and saving.left and self._store.has_room(saving):
                 self._upload(saving, saving.left.popleft())
             is_sent = not saving.left and len(saving.uploaded) == len(saving.kept.sizes)
             if self._store.is_free and self._can_go_on(saving) and is_sent and saving.part is not None:
                 self._finish(saving, saving.part)
+        self._store.settle()
 
     def _can_go_on(self, saving: Saving) -> bool:
         return not (
