@@ -1,8 +1,8 @@
 """A store that takes uploads and forgets what is large: S3's words for what checkpoints need, at little cost.
 
 A real server takes 12 CPU-seconds to receive a GB, which on two cores is all that would be measured. This one keeps
-objects of less than 1 MiB, and of others their size; checksums it repeats, and does not compare. `GET /counters` says
-what came and went, `PUT /shut` has larger uploads refused until `PUT /open`.
+objects of less than 1 MiB, and of others their size, or all of them from `PUT /keep` on; checksums it repeats, and does
+not compare. `GET /counters` says what came and went, `PUT /shut` has larger uploads refused until `PUT /open`.
 
     python -m bench.sink        # prints its URL, and ends with its standard input
 """
@@ -33,9 +33,9 @@ class Sink(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.lock = threading.Lock()
-        self.objects: dict[str, tuple[bytes, int, str]] = {}  # content if it is kept, size, ETag
+        self.objects: dict[str, tuple[bytes | memoryview, int, str]] = {}  # content if it is kept, size, ETag
         self.counters: Counter[str] = Counter()
-        self.is_shut = False
+        self.is_shut = self.keeps_all = False
         self.versions = itertools.count()
 
 
@@ -45,8 +45,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         path, size = urllib.parse.urlsplit(self.path).path, int(self.headers.get("Content-Length") or 0)
-        if path in ("/shut", "/open"):
-            self.server.is_shut = path == "/shut"
+        if path in ("/shut", "/open", "/keep"):
+            self.server.is_shut, self.server.keeps_all = path == "/shut", path == "/keep" or self.server.keeps_all
             self._answer(200)
             return
         if self.server.is_shut and size >= KEPT_BYTES:  # before it is sent, or the way would be measured
@@ -122,9 +122,15 @@ class _Handler(BaseHTTPRequestHandler):
         body = f"{_XML}<ListBucketResult><IsTruncated>false</IsTruncated><KeyCount>{len(found)}</KeyCount>{rows}"
         self._answer(200, f"{body}</ListBucketResult>".encode())
 
-    def _received(self, size: int) -> bytes:
+    def _received(self, size: int) -> bytes | memoryview:
         if size < KEPT_BYTES:
             return self.rfile.read(size)
+        if self.server.keeps_all:
+            data = memoryview(bytearray(size))
+            at = 0
+            while at < size:
+                at += self.rfile.readinto(data[at:])
+            return data
         buffer = memoryview(bytearray(1 << 20))
         while size:
             size -= self.rfile.readinto(buffer[: min(size, len(buffer))])
@@ -133,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(
         self,
         status: int,
-        data: bytes = b"",
+        data: bytes | memoryview = b"",
         *,
         etag: str = "",
         error: str = "",

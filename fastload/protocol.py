@@ -348,6 +348,34 @@ class TakeBack(Message, tag="take_back"):
     rank: Rank
 
 
+# Bytes of an object that are asked for at once.
+LOAD_BYTES_MAX = 16 << 20
+
+
+class Load(Message, tag="load"):
+    """I am going to read from this object of a checkpoint, which has `size` bytes: hold memory for it that all who read
+    it share. Answered by `LoadMemory`, or by `RequestFailed`: then I read it by myself.
+
+    `version` is its ETag and time of change (`ObjectInfo`); None: whichever is there, since I verify what I read.
+    """
+
+    request: int
+    url: str
+    size: Annotated[int, msgspec.Meta(ge=1, le=1 << 44)]
+    version: tuple[str | None, int] | None = None
+
+
+class LoadRange(Message, tag="load_range"):
+    """Have these bytes of an object in its memory; `load` is the request of the `Load` that named it. Answered by
+    `Loaded` when they are there, or by `RequestFailed`.
+    """
+
+    request: int
+    load: int
+    start: Annotated[int, msgspec.Meta(ge=0)]
+    length: Annotated[int, msgspec.Meta(ge=1, le=LOAD_BYTES_MAX)]
+
+
 # From an operator, which is connected and no consumer: it starts, keeps and holds up nothing
 
 
@@ -633,6 +661,20 @@ class Returned(Message, tag="returned"):
     rank: int
 
 
+class LoadMemory(Message, tag="load_memory"):
+    """Answers `Load`: the memory, a sealed memfd as large as the object, whose descriptor rides on the first byte. Of
+    what it holds, only what was `Loaded` means anything; that does not change any more.
+    """
+
+    request: int
+
+
+class Loaded(Message, tag="loaded"):
+    """Answers `LoadRange`."""
+
+    request: int
+
+
 class Lent(Message, tag="lent"):
     """Answers `Borrow`: rank and segments of each image; their descriptors ride on the first byte, in this order."""
 
@@ -673,6 +715,8 @@ FromConsumer = (
     | Ping
     | Save
     | TakeBack
+    | Load
+    | LoadRange
 )
 FromOperator = Observe | Watch | HandOver | SubmitJob | CancelJob | RetryJob | Clear | Unpin | Evict | Verify | Borrow
 FromService = (
@@ -697,6 +741,8 @@ FromService = (
     | Pong
     | SaveState
     | Returned
+    | LoadMemory
+    | Loaded
     | Lent
 )
 

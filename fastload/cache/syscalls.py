@@ -16,6 +16,7 @@ from pathlib import Path
 
 # Absent from Python 3.11's modules; the values are the kernel's (fcntl.h).
 F_SEAL_FUTURE_WRITE = 0x10
+MAP_NORESERVE = 0x4000  # mman.h
 
 
 def open(path: Path | str, flags: int, mode: int = 0o600) -> int:  # noqa: A001 - named after the call
@@ -119,6 +120,12 @@ def mmap_shared(fd: int, size: int, *, writable: bool) -> _mmap.mmap:
     """The system call mmap of a file, shared, from its start."""
     prot = _mmap.PROT_READ | (_mmap.PROT_WRITE if writable else 0)
     return _mmap.mmap(fd, size, flags=_mmap.MAP_SHARED, prot=prot)
+
+
+def mmap_private(fd: int, size: int) -> _mmap.mmap:
+    """The system call mmap of a file, from its start: what is written is this process's own, page by page."""
+    flags = _mmap.MAP_PRIVATE | MAP_NORESERVE
+    return _mmap.mmap(fd, size, flags=flags, prot=_mmap.PROT_READ | _mmap.PROT_WRITE)
 
 
 def mmap_scratch(size: int) -> _mmap.mmap:

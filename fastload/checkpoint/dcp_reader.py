@@ -40,7 +40,7 @@ from fastload.checkpoint.records import MANIFEST_NAME, Contents
 from fastload.checkpoint.records import Place as PieceAt
 from fastload.checkpoint.strided import Numbers, Strided, dense
 from fastload.checkpoint.values import decoded, dtype_of, paths_of
-from fastload.client.cache import AnyCache, directory_of
+from fastload.client.cache import AnyCache
 from fastload.errors import CheckpointDamagedError, CheckpointError, ObjectMissingError
 from fastload.store.types import ObjectInfo
 
@@ -98,6 +98,8 @@ class Reader(StorageReader):
         return dataclasses.replace(plan, storage_data=self._found.version)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        # What a node's ranks need together is found by its service, which fetches each block for the first that asks
+        # (`service.loading`): so it is also without collectives, and where jobs are not one process group.
         # Each rank has looked for itself which checkpoint is there.
         if len({plan.storage_data for plan in plans}) > 1:
             raise CheckpointError(f"{self._url} was replaced while the ranks began to read it; load it again")
@@ -105,7 +107,7 @@ class Reader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         others = [item for item in plan.items if item.type is LoadItemType.BYTE_IO]
-        with opened(self._url, self._storage_options) as place, Copies(directory_of(self._cache)) as copies:
+        with opened(self._url, self._storage_options) as place, Copies(self._cache, self._storage_options) as copies:
             place = Place(place.store, self._found.folder)
             for item, value in zip(others, self._found.values(place, others, self._allow_pickle), strict=True):
                 file = io.BytesIO()
@@ -270,7 +272,7 @@ class _Torchs:
                 _check_box(item, layout.sizes, where)
                 strided = Strided(held.object, held.item.offset + layout.start, layout.dtype, layout.strides)
                 wanted += strided.wanted(item.storage_offsets, target)
-        read(place.store, place.folder, wanted)
+        read(place.store, place.folder, wanted, copies)
 
     def _known(self, place: Place, items: Sequence[ReadItem], small_bytes: int) -> dict[MetadataIndex, distcp.Known]:
         indices = {item.storage_index: self._items[item.storage_index] for item in items}

@@ -22,7 +22,7 @@ from fastload.checkpoint.copies import Copies
 from fastload.checkpoint.reading import Wanted, requests
 from fastload.checkpoint.records import Contents, Part, object_name
 from fastload.checkpoint.segments import PAGE_BYTES, Piece, Segment, checksums, header_of
-from fastload.client.cache import AnyCache, directory_of
+from fastload.client.cache import AnyCache
 from fastload.errors import CheckpointError
 
 NAME = "file"
@@ -128,7 +128,7 @@ def open_file(
     """
     with contextlib.ExitStack() as stack:
         place = stack.enter_context(opened(url, storage_options))
-        copies = stack.enter_context(Copies(directory_of(cache)))
+        copies = stack.enter_context(Copies(cache, storage_options))
         there = attempts.contents(place)
         if (
             list(there.tensors) != [NAME]
@@ -148,7 +148,7 @@ class _Read(io.RawIOBase):
         (self._size,) = there.tensors[NAME][1]
         self._at = 0
         self._stack = stack
-        self._begin = stack.enter_context(requests(place.store, place.folder, copies))
+        self._begin = stack.enter_context(requests(place.store, place.folder, copies, self._size))
 
     def readable(self) -> bool:
         return True

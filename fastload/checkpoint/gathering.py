@@ -34,13 +34,16 @@ def stored_order(there: Contents, names: Collection[str]) -> list[str]:
     return sorted(names, key=lambda name: min((each.object.name, each.offset) for each in there.places(name)))
 
 
-def wanted(piece: PieceAt, array: Bytes) -> Wanted:
-    """A piece of a tensor: straight to its place, where that is contiguous; else there by way of memory of its own."""
+def wanted(piece: PieceAt, array: Bytes, *, is_shared: bool = False) -> Wanted:
+    """A piece of a tensor: straight to its place, where that is contiguous; else there by way of memory of its own.
+    `is_shared` as in `Wanted`.
+    """
     view = array[
         tuple(slice(start, start + size) for start, size in zip(piece.box.offsets, piece.box.sizes, strict=True))
     ]
     if view.flags.c_contiguous:
-        return Wanted(piece.object, piece.offset, memoryview(view.reshape(-1)), lambda: None)  # type: ignore[arg-type]
+        out = memoryview(view.reshape(-1))  # type: ignore[arg-type]
+        return Wanted(piece.object, piece.offset, out, lambda: None, is_shared)
     apart = np.empty(view.shape, np.uint8)
 
     def arrived() -> None:
@@ -63,7 +66,7 @@ def gather(
     waiting: deque[tuple[list[str], list[Future[None]], int]] = deque()
     groups = _groups(there, names, min(_GROUP_BYTES, ahead_bytes // 4))
     held, group = 0, next(groups, None)
-    with requests(place.store, place.folder, copies) as begin:
+    with requests(place.store, place.folder, copies, sum(size_of(there, name) for name in names)) as begin:
         while group is not None or waiting:
             while group is not None and (not waiting or held + group[1] <= ahead_bytes):
                 tensors, size = group

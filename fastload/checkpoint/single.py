@@ -20,14 +20,14 @@ from fastload.checkpoint.copies import Copies
 from fastload.checkpoint.dedup import Base, digests, divide
 from fastload.checkpoint.finding import found
 from fastload.checkpoint.flattening import Path, flatten, put, unflatten
-from fastload.checkpoint.gathering import Bytes, gather, stored_order, wanted
+from fastload.checkpoint.gathering import Bytes, gather, size_of, stored_order, wanted
 from fastload.checkpoint.reading import read
-from fastload.checkpoint.records import PATHS, Contents, Reference, new_attempt
+from fastload.checkpoint.records import PATHS, Contents, Reference, new_attempt, url_of
 from fastload.checkpoint.saving import WAIT_S, Saving, checked_level
-from fastload.checkpoint.segments import Piece
+from fastload.checkpoint.segments import DTYPES, Piece
 from fastload.checkpoint.values import NAMES, array_of, check_sizes, decoded, dtype_of, encoded, paths_of
 from fastload.checkpoint.writing import data_of, start
-from fastload.client.cache import AnyCache, directory_of
+from fastload.client.cache import AnyCache
 from fastload.config import parse_bytes
 from fastload.errors import CheckpointError, ConfigError, StoreUnavailableError
 from fastload.protocol import Begin, Level
@@ -204,22 +204,51 @@ def load(
     """
     if into is not None and names is not None:
         raise ConfigError("names= is of no use with into=, which says by what it holds what is to be loaded")
-    with found(url, storage_options) as (place, there), Copies(directory_of(cache)) as copies:
+    with found(url, storage_options) as (place, there), Copies(cache, storage_options) as copies:
         paths = paths_of(there, place.folder)
         if into is not None:
             _fill(place, there, into, copies, allow_pickle)
             return into
         chosen = chosen_names(names, paths, place.folder)
+        in_order = [name for name in chosen if name in there.tensors]
+        views = _views(place, there, in_order, copies)
         tensors = {
-            name: torch.empty(shape, dtype=dtype_of(dtype, place.folder, name))
-            for name, (dtype, shape) in ((name, there.tensors[name]) for name in chosen if name in there.tensors)
+            name: views[name] if name in views else torch.empty(shape, dtype=dtype_of(dtype, place.folder, name))
+            for name, (dtype, shape) in ((name, there.tensors[name]) for name in in_order)
         }
-        _read(place, there, tensors, copies)
+        _read(place, there, tensors, copies, views)
         leaves = {name: tensor.to(device) for name, tensor in tensors.items()}
         for name in chosen:
             if name not in leaves:
                 leaves[name] = decoded(*there.values[name], place.folder + name, allow_pickle)
         return unflatten((paths[name], leaves[name]) for name in chosen)
+
+
+def _views(place: Place, there: Contents, names: Sequence[str], copies: Copies) -> dict[str, torch.Tensor]:
+    """Tensors, yet to be read, of memory that the node's processes share, where the service reads them: what is written
+    to one is this process's own. Those that lie in one piece there, at an address that suits their dtype.
+    """
+    shared = copies.shared(place.folder, sum(size_of(there, name) for name in names), in_place=True)
+    if shared is None:
+        return {}
+    whole = {}
+    for name in names:
+        dtype, shape = there.tensors[name]
+        pieces = list(there.places(name))
+        is_whole = len(pieces) == 1 and pieces[0].box == Box.whole(shape) and pieces[0].length
+        if is_whole and pieces[0].offset % DTYPES[dtype] == 0 and not copies.has(pieces[0].object):
+            whole[name] = pieces[0]
+            shared.ask(url_of(place.folder, pieces[0].object.name), pieces[0].object)
+    views = {}
+    for name, piece in whole.items():
+        memory = shared.memory(url_of(place.folder, piece.object.name), piece.object)
+        if memory is not None:
+            dtype, shape = there.tensors[name]
+            flat = torch.frombuffer(
+                memory, dtype=dtype_of(dtype, place.folder, name), count=piece.box.elements, offset=piece.offset
+            )
+            views[name] = flat.view(shape)
+    return views
 
 
 def _fill(place: Place, there: Contents, into: dict[str, Any], copies: Copies, allow_pickle: bool) -> None:
@@ -290,9 +319,19 @@ def _described(dtype: torch.dtype, shape: tuple[int, ...], layout: torch.layout)
     return f"{dtype} of shape {tuple(shape)}" + (f" ({layout})" if layout is not torch.strided else "")
 
 
-def _read(place: Place, there: Contents, tensors: Mapping[str, torch.Tensor], copies: Copies) -> None:
-    """Fill tensors, which are contiguous and in this process's memory."""
-    pieces = [wanted(piece, array_of(tensor)) for name, tensor in tensors.items() for piece in there.places(name)]
+def _read(
+    place: Place,
+    there: Contents,
+    tensors: Mapping[str, torch.Tensor],
+    copies: Copies,
+    views: Collection[str] = (),
+) -> None:
+    """Fill tensors, which are contiguous and in this process's memory; those of `views` lie in shared memory."""
+    pieces = [
+        wanted(piece, array_of(tensor), is_shared=name in views)
+        for name, tensor in tensors.items()
+        for piece in there.places(name)
+    ]
     read(place.store, place.folder, pieces, copies)
 
 
@@ -359,7 +398,7 @@ def _stream(
     storage_options: Mapping[str, Any] | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     tensors: dict[str, torch.Tensor] = {}
-    with found(url, storage_options) as (place, there), Copies(directory_of(cache)) as copies:
+    with found(url, storage_options) as (place, there), Copies(cache, storage_options) as copies:
 
         def into(name: str) -> Bytes:
             dtype, shape = there.tensors[name]

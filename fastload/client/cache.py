@@ -27,6 +27,7 @@ from fastload.cache import CacheDirectory, url_without_credentials
 from fastload.callers import public
 from fastload.client.connector import Connector, ServiceMode
 from fastload.client.consumer import Consumer
+from fastload.client.loader import Loader
 from fastload.client.saver import Saver
 from fastload.config import CacheLimits, default_cache_dir, format_bytes, parse_bytes, parse_seconds
 from fastload.errors import CacheError, ConfigError, ServiceError
@@ -221,6 +222,7 @@ class Handle:
         directory = _open(path, explicit, otherwise)
         self._connector = Connector(directory, service, idle_s, explicit, in_use=otherwise is not None)
         self._consumers: weakref.WeakSet[Consumer] = weakref.WeakSet()
+        self._loaders: weakref.WeakSet[Loader] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._shared: dict[Hashable, Any] = {}
         reset_on_fork(self, Handle._forget_after_fork)
@@ -267,6 +269,12 @@ class Handle:
         saver = Saver(self._connector, storage_options, name)
         self._consumers.add(saver)
         return saver
+
+    def loader(self, storage_options: Mapping[str, Any] | None, name: str) -> Loader:
+        """A connection that loads checkpoints; errors as `consumer`."""
+        loader = Loader(self._connector, storage_options, name)
+        self._loaders.add(loader)
+        return loader
 
     def shared(self, key: Hashable, make: Callable[[], Shared]) -> Shared:
         """What all users of this handle in this process share under `key`; made if it is not there. A forked child
@@ -329,6 +337,8 @@ class Handle:
         """End all consumers made through this handle in this process, and the service if it runs in this process."""
         for consumer in list(self._consumers):
             consumer.close()
+        for loader in list(self._loaders):
+            loader.close()
         with self._lock:
             self._shared.clear()
         self._connector.close_services()
@@ -366,6 +376,7 @@ class Handle:
         self._lock = threading.Lock()
         self._shared = {}
         self._consumers = weakref.WeakSet(self._consumers)
+        self._loaders = weakref.WeakSet()
 
 
 def named(what: Sequence[str]) -> list[str]:

@@ -92,13 +92,14 @@ class Connector:
         no disk tier, stands in for it. Only for its first connection a directory that cannot be used is an error.
         """
         try:
-            return self._connect_to_own(hello, stop, avoid)
+            return self.connect_to_own(hello, stop, avoid)
         except FastloadError as error:
             if stop.is_set() or not (self._in_use or isinstance(error, ServiceError)):
                 raise
             return self._connect_beside(hello, stop, error)
 
-    def _connect_to_own(self, hello: protocol.Hello, stop: threading.Event, avoid: str) -> Welcomed:
+    def connect_to_own(self, hello: protocol.Hello, stop: threading.Event, avoid: str = "") -> Welcomed:
+        """A connection to the directory's service and no other; ServiceError also where it did not answer lately."""
         if time.monotonic() < self._avoid_until_s:
             avoid = avoid or self._avoided
         if avoid:

@@ -37,6 +37,7 @@ from fastload.service.holding.holdings import Holdings
 from fastload.service.holding.verifying import Verifying
 from fastload.service.host.threads import Pool
 from fastload.service.indexes import IndexCache
+from fastload.service.loading.loads import Loads
 from fastload.service.operators import Operators
 from fastload.service.queries import Queries
 from fastload.service.recording import WRITE_AFTER_S, Recording
@@ -137,6 +138,7 @@ class Core:
         self.operators.on(protocol.Verify, self.verifying.verify)
         self.savings = Savings(resources)
         self.operators.on(protocol.Borrow, self.savings.lend)
+        self.loads = Loads(resources, lambda: self.savings.stats()["checkpoint_ram_bytes"])
 
     # Consumers
 
@@ -162,6 +164,7 @@ class Core:
         self._detach(consumer)
         self._history.disconnect(consumer)
         self.savings.left(consumer)
+        self.loads.left(consumer)
         self._resources.stores.remove(consumer.options_key)
         self._flush_soon()
         if not self.consumers:
@@ -420,7 +423,8 @@ class Core:
             **self._fetches.counters,
             **self._writer.counters,
         }
-        for counters in (self._replay.counters, self.holdings.counters, self.verifying.counters, self.savings.stats()):
+        kept = self.savings.stats() | self.loads.stats()
+        for counters in (self._replay.counters, self.holdings.counters, self.verifying.counters, kept):
             counted.update(counters)
         counted["recalls"] = self._leases.recall_count
         return {
@@ -477,6 +481,7 @@ class Core:
         self.holdings.close()
         resources = self._resources
         self.savings.close()
+        self.loads.close()
         resources.warnings.close()
         resources.stores.close()
         self._watch.close()

@@ -74,6 +74,8 @@ FROM_CONSUMER: dict[str, tuple[Any, ...]] = {
         protocol.Begin(True, 1.5, 0.25),
     ),
     "take_back": ("0123456789abcdef", 3),
+    "load": (5, "s3://bucket/run/7/0123456789abcdef/r00003-0000.safetensors", 1 << 28, ('"e"', 7)),
+    "load_range": (6, 5, 65536, 8 << 20),
 }
 FROM_OPERATOR: dict[str, tuple[Any, ...]] = {
     "observe": (7, 1234, "status"),
@@ -110,6 +112,8 @@ FROM_SERVICE: dict[str, tuple[Any, ...]] = {
     "pong": (),
     "save_state": ("0123456789abcdef", 3, "disk", 1 << 33, 5, "the disk is full", "StoreError", "no", True, "later"),
     "returned": ("0123456789abcdef", 3),
+    "load_memory": (5,),
+    "loaded": (6,),
     "lent": (4, [(3, [(0, 4100), (8192, 1 << 28)])]),
 }
 

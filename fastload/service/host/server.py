@@ -21,6 +21,7 @@ import errno
 import logging
 import os
 import socket
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from fastload import protocol
@@ -68,6 +69,7 @@ class Peer:
         self._sock, self._core, self._loop, self._welcomed, self._gone = sock, core, loop, welcomed, gone
         self._frames = protocol.FrameReader()
         self._unsent = bytearray()
+        self._unsent_fds: deque[tuple[int, list[int]]] = deque()  # ours, and the byte of that on which they ride
         self._fds: list[int] = []  # that came with messages which are not whole yet
         self._consumer: ConsumerState | None = None
         self._operator: Operator | None = None
@@ -95,6 +97,11 @@ class Peer:
         if not self._closed:
             self._send(protocol.frame(message))
 
+    def _send_with(self, message: protocol.Message, fds: Sequence[int]) -> None:
+        """The same with descriptors on its first byte."""
+        if not self._closed:
+            self._send(protocol.frame(message), fds)
+
     def _send(self, data: bytearray, fds: Sequence[int] = ()) -> None:
         sent = 0
         if not self._unsent:
@@ -109,6 +116,8 @@ class Peer:
             if sent == len(data):
                 return
             self._loop.add_writer(self._sock.fileno(), self._writable)
+        if fds and not sent:
+            self._unsent_fds.append((len(self._unsent), [os.dup(fd) for fd in fds]))
         self._unsent += data[sent:]
         if len(self._unsent) > _UNSENT_BYTES_MAX:
             log.error("a consumer was cut off: it reads nothing and is owed %d bytes", len(self._unsent))
@@ -123,7 +132,7 @@ class Peer:
         self._loop.remove_reader(self._sock.fileno())
         self._loop.remove_writer(self._sock.fileno())
         self._sock.close()
-        for fd in self._fds:
+        for fd in [*self._fds, *(fd for _, fds in self._unsent_fds for fd in fds)]:
             os.close(fd)
         if self._consumer is not None:
             self._core.disconnect(self._consumer)
@@ -169,6 +178,11 @@ class Peer:
                 self.send(protocol.Pong())
             elif isinstance(message, protocol.Save):
                 self._core.savings.save(self._consumer, message, self._fds.pop() if self._fds else -1)
+                self._core.loads.give_way()
+            elif isinstance(message, protocol.Load):
+                self._core.loads.load(self._consumer, message, self._send_with)
+            elif isinstance(message, protocol.LoadRange):
+                self._core.loads.read(self._consumer, message)
             else:
                 self._core.receive(self._consumer, message)
             return
@@ -191,7 +205,7 @@ class Peer:
 
     def _observe(self, message: protocol.FromOperator) -> None:
         self._operator = self._core.operators.connect(message, self.send)
-        self._operator.send_with = lambda message, fds: self._send(protocol.frame(message), fds)
+        self._operator.send_with = self._send_with
         self._deadline.cancel()
         operators = self._core.operators
         self.send(protocol.Observed(protocol.VERSION, self._core.service_id, os.getpid(), operators.jobs is not None))
@@ -214,14 +228,27 @@ class Peer:
     def _writable(self) -> None:
         try:
             while self._unsent:
-                sent = self._sock.send(memoryview(self._unsent)[: 1 << 20])
-                del self._unsent[:sent]
+                self._send_more()
             self._loop.remove_writer(self._sock.fileno())
         except BlockingIOError:
             pass
-        except OSError:  # gone; the reader will say so
+        except OSError:  # gone, or more descriptors are on their way than the system allows
             self._unsent.clear()
             self._loop.remove_writer(self._sock.fileno())
+            self._loop.call_soon(self.close)
+
+    def _send_more(self) -> None:
+        """Some of what is left, up to the next descriptors."""
+        at, fds = self._unsent_fds[0] if self._unsent_fds else (len(self._unsent), [])
+        if at:
+            sent = self._sock.send(memoryview(self._unsent)[: min(at, 1 << 20)])
+        else:
+            sent = socket.send_fds(self._sock, [memoryview(self._unsent)[:1]], fds)
+            self._unsent_fds.popleft()
+            for fd in fds:
+                os.close(fd)
+        del self._unsent[:sent]
+        self._unsent_fds = deque((at - sent, fds) for at, fds in self._unsent_fds)
 
 
 class Server:

@@ -1,0 +1,1 @@
+"""Loads of checkpoints: read once for a node, in memory that its processes share."""
