@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastload.formats.placed_index import RECORD_MAGIC, PlacedIndex, read_stored, require
-from fastload.store.packing import unpacked_name
+from fastload.store.packing import name_of, unpacked_name
 
 __all__ = ["RECORD", "Described", "ListedShard", "RecordIndex", "shard_name"]
 
@@ -86,7 +85,7 @@ class Described(NamedTuple):
 
 def shard_name(url: str, start: int = 0) -> str:
     """The last part of a shard's URL, which its keys begin with, without the ending of what packed it; of a piece that
-    begins at `start`, `@start` behind that. A local path may hold any character; a URL's path ends before its query.
+    begins at `start`, `@start` behind that.
     """
-    name = unpacked_name((urlsplit(url).path if "://" in url else url).rpartition("/")[2])
+    name = unpacked_name(name_of(url))
     return f"{name}@{start}" if start else name

@@ -138,7 +138,7 @@ def _under(
     shards = [
         info
         for info, is_extra in zip(everything, is_beside, strict=True)
-        if not is_extra and ends_in(info.url, tuple(endings))
+        if not is_extra and ends_in(info.url.lower(), tuple(endings))
     ]
     if not shards:
         raise ObjectMissingError(_no_shards(prefix, [info.url.removeprefix(prefix) for info in everything], endings))

@@ -48,7 +48,7 @@ def packing_of(url: str) -> str:
     # Asked of each of a million shards: most names are known not to be by a look.
     if not url.lower().endswith(_LOOKED_AT) and "?" not in url and "#" not in url:
         return ""
-    name = _name(url).lower()
+    name = name_of(url).lower()
     if name.endswith(".bin"):
         return "zstd" if _PACKED_CHUNK.match(name) else ""
     return next((how for end, how in (_BY_ENDING | _OF_TARS).items() if name.endswith(end)), "")
@@ -70,5 +70,7 @@ def is_bomb(packed_bytes: int, unpacked_bytes: int) -> bool:
     return unpacked_bytes > max(BYTES_ALWAYS, RATIO_MAX * packed_bytes)
 
 
-def _name(url: str) -> str:
-    return (urlsplit(url).path if "://" in url else url).rpartition("/")[2]
+def name_of(url: str) -> str:
+    """The last part of a URL or path; on a web server it ends before the query, elsewhere "?" and "#" belong to it."""
+    path = urlsplit(url).path if url[:8].lower().startswith(("http://", "https://")) else url
+    return path.rpartition("/")[2]

@@ -15,8 +15,9 @@ import pytest
 
 import fastload
 from fastload.errors import ConfigError, ObjectMissingError, ShardError
-from fastload.formats import wids
+from fastload.formats import format_of, shard_name, wids
 from fastload.prepare import index
+from fastload.store.packing import packing_of
 from tests.formats import test_contract
 from tests.shards import tar_of
 
@@ -151,7 +152,8 @@ def test_packed_json_beside_other_shards_is_not_taken_for_data(folder: Path, cac
         ),
         (["a.npy"], [r"1 other object \(1 \.npy\)", r'format="tokens\(LENGTH, DTYPE\)"']),
         (["a.json", "b"], [r"1 \.json, 1 without an ending", r'format="jsonl"']),
-        (["a.parquet"], ["1 .parquet", "tar --sort=name"]),
+        (["a.parquet"], [r"1 \.parquet", r"tables \(\.parquet\) are not read", r"\.to_json\("]),
+        (["a.jpg", "b.jpg", "labels.csv"], [r"2 \.jpg, 1 \.csv", "tar --sort=name"]),
     ],
 )
 def test_a_prefix_without_shards_says_what_it_has_and_what_to_do(
@@ -235,3 +237,25 @@ def test_an_index_that_was_mended_counts(folder: Path, cache: fastload.Cache) ->
     assert {*fastload.schema(f"{folder}/", cache=cache)} == names
     (after,) = [sample for sample, _ in zip(fastload.StreamingDataset(f"{folder}/", cache=cache), "x", strict=False)]
     assert {*after} == {"__key__", "__url__"} | names
+
+
+@pytest.mark.parametrize(
+    ("url", "name", "form", "packing"),
+    [
+        ("s3://b/x/a#b?c.jsonl", "a#b?c.jsonl", "jsonl", ""),
+        ("gs://b/a?b.mds.zstd", "a?b.mds", "mds", "zstd"),
+        ("/x/a#b.jsonl.gz", "a#b.jsonl", "jsonl", "gzip"),
+        ("https://h/a.jsonl.gz?token=x.tar#y", "a.jsonl", "jsonl", "gzip"),
+        ("HTTP://h/a.jsonl?x=/y.tar", "a.jsonl", "jsonl", ""),
+    ],
+)
+def test_only_on_web_servers_a_name_ends_before_a_query(url: str, name: str, form: str, packing: str) -> None:
+    assert (shard_name(url), format_of(url), packing_of(url)) == (name, form, packing)
+
+
+def test_endings_are_in_any_case(folder: Path, cache: fastload.Cache) -> None:
+    (folder / "A.JSONL").write_bytes(LINES)
+    (folder / "b.JsonL.GZ").write_bytes(gzip.compress(LINES))
+    (folder / "README.MD").write_bytes(b"x")
+    assert ids(f"{folder}/", cache) == [*range(20)] * 2
+    assert ids(f"{folder}/", cache, format="jsonl") == [*range(20)] * 2
