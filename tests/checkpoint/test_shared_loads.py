@@ -72,7 +72,7 @@ def url(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> str:
     """Of a checkpoint that was saved without a service."""
     url = f"{s3.url}/run/1"
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "_SMALL_BYTES", 1 << 30)
+        patch.setattr(writing, "SMALL_BYTES", 1 << 30)
         checkpoint.save(state(), url, storage_options=options(s3.server.endpoint_url))
     return url
 
