@@ -33,16 +33,17 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from fastload import callers
-from fastload.checkpoint import attempts
-from fastload.checkpoint.attempts import opened, try_conditions
+from fastload.checkpoint import attempts, retention
+from fastload.checkpoint.attempts import Place, opened, try_conditions
 from fastload.checkpoint.boxes import Box
+from fastload.checkpoint.dedup import PIECE_BYTES, Base, digests, divide
 from fastload.checkpoint.images import Images
-from fastload.checkpoint.records import PATHS, plan_name
+from fastload.checkpoint.records import PATHS, Object, Reference, plan_name
 from fastload.checkpoint.saving import Saving, checked_level
-from fastload.checkpoint.segments import Piece
+from fastload.checkpoint.segments import SEGMENT_BYTES, Piece
 from fastload.checkpoint.staging import Layout, stage, take_back
 from fastload.checkpoint.values import NAMES, check_sizes, encoded
-from fastload.checkpoint.writing import SMALL_BYTES, images_of, room_bytes, start
+from fastload.checkpoint.writing import SMALL_BYTES, data_of, images_of, room_bytes, start
 from fastload.client.cache import AnyCache, handle_of
 from fastload.errors import CheckpointError, ConfigError, FastloadError
 from fastload.lifecycle import on_drop
@@ -66,6 +67,9 @@ class Writer(StorageWriter, AsyncStager):
     `async_save` copies the state into memory that is used again by the next save, and a third save waits for the first
     of two; with `overlap=True` it returns before that copy is made, and `staging_completion` of what it returns is to
     be waited for before the state changes.
+
+    With `dedup=True` the URL is that of a step of a `Run`, and what the newest other step has already is not stored
+    again.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Writer(StorageWriter, AsyncStager):
         until: Level = "store",
         overwrite: bool = False,
         overlap: bool = False,
+        dedup: bool = False,
         cache: AnyCache = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -82,13 +87,14 @@ class Writer(StorageWriter, AsyncStager):
         if overlap and not hasattr(state_dict_saver, "AsyncSaveResponse"):
             raise ConfigError(f"overlap=True takes a newer torch than {torch.__version__}; leave it out")
         self._url = os.fspath(url)
-        self._until, self._overwrite, self._overlap = until, overwrite, overlap
+        self._until, self._overwrite, self._overlap, self._dedup = until, overwrite, overlap, dedup
         self._cache, self._storage_options = cache, storage_options
         #: This rank's save, once its part is handed over; None before, and in another process.
         self.saving: Saving | None = None
         self._rank: int | None = None
         self._use_collectives = True
         self._attempt = ""  # that this process has begun, or agreed on
+        self._base: tuple[str, str] | None = None  # a step to which it may refer, and its attempt
         self._images: Images | None = None  # in which it has staged
         self._is_staged = False
         self._finalizer: Any = None  # of one that it has begun and not finished
@@ -132,14 +138,21 @@ class Writer(StorageWriter, AsyncStager):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         share = _shares.pop(self._url, plan.storage_data)
         held = _Held(plan, planner)
+        pieces, hashes = held.pieces, None
+        references: list[Reference] = []
+        if self._dedup:
+            hashes = digests(pieces, lambda piece: data_of(piece, held))
+            pieces, references = divide(hashes, self._known(share.base))
         self.saving = start(
             self._url,
             self._storage_options,
             share.attempt,
             share.rank,
-            held.pieces,
+            pieces,
             held,
             held.others,
+            references,
+            hashes,
             cache=self._cache,
             until=self._until,
             commits=self._until != "store" and share.rank == 0,
@@ -180,7 +193,7 @@ class Writer(StorageWriter, AsyncStager):
             executor.shutdown(wait=False)
 
     def _staged(self, state: dict[str, Any]) -> dict[str, Any]:
-        layout = Layout.of(state)
+        layout = Layout.of(state, PIECE_BYTES if self._dedup else SEGMENT_BYTES)
         if self._until == "store" and layout.data_bytes < SMALL_BYTES:
             return stage(state, layout, None, 0, _DEADLINE_S)
         handle = handle_of(self._cache)
@@ -199,12 +212,42 @@ class Writer(StorageWriter, AsyncStager):
         _give_up_failed()
         with opened(self._url, self._storage_options) as place:
             try_conditions(place)
-            attempt = attempts.begin(place, rank_count, overwrite=self._overwrite, now_s=time.time()).attempt
+            refers = self._refer(place) if self._dedup else ()
+            attempt = attempts.begin(
+                place, rank_count, overwrite=self._overwrite, now_s=time.time(), refers=refers
+            ).attempt
         self._finalizer = on_drop(self, _failed.append, (self._url, self._storage_options, attempt))
         return attempt
 
+    def _refer(self, place: Place) -> Sequence[str]:
+        """Choose the step to which all ranks may refer; the folders in which lies what it holds."""
+        run, own = retention.run_of(place)
+        if own is None:
+            raise ConfigError(
+                f"{self._url}: with dedup=True the last part of the URL is a step's number, as in run/1200"
+            )
+        newest = max((step for step in retention.steps(run) if step != own), default=None)
+        there = attempts.current(retention.folder_of(run, newest)) if newest is not None else None
+        if there is None or there.manifest is None:
+            self._base = None
+            return ()
+        self._base = str(newest), there.manifest.attempt
+        return [str(newest), *there.manifest.refers]
+
+    def _known(self, said: tuple[str, str] | None) -> Mapping[tuple[int, bytes], tuple[Object, int]]:
+        """What the step has to which this rank may refer; nothing, where it has been replaced or deleted."""
+        if said is None:
+            return {}
+        step, attempt = said
+        with opened(self._url, self._storage_options) as place:
+            run, _ = retention.run_of(place)
+            base = Base.at(retention.folder_of(run, int(step)))
+            if base is None or base.manifest.attempt != attempt or not base.is_there_still():
+                return {}
+            return base.known()
+
     def _with_share(self, plan: SavePlan, rank: int) -> SavePlan:
-        share = Share(self._url, self._attempt, rank)
+        share = Share(self._url, self._attempt, rank, self._base)
         if rank == 0:
             _shares[self._url] = share
         return dataclasses.replace(plan, storage_data=share)
@@ -221,28 +264,30 @@ class Writer(StorageWriter, AsyncStager):
         def decide(said: Sequence[bytes]) -> list[bytes]:
             items = [msgspec.msgpack.decode(each, type=list[tuple[bytes, int]]) for each in said]
             attempt = self._begin(ranks)
-            return [msgspec.msgpack.encode((attempt, numbers)) for numbers in deal(items)]
+            return [msgspec.msgpack.encode((attempt, self._base, numbers)) for numbers in deal(items)]
 
         own = [(_key(item), _size(item)) for item in plan.items]
         name = hashlib.blake2b(f"{_saves[self._url]} {self._url}".encode(), digest_size=8).hexdigest()
         answer = _agree(name, rank, ranks, msgspec.msgpack.encode(own), decide, self._url)
-        self._attempt, numbers = msgspec.msgpack.decode(answer, type=tuple[str, list[int]])
-        share = _came(self._url, self._attempt, rank)
+        agreed = tuple[str, tuple[str, str] | None, list[int]]
+        self._attempt, base, numbers = msgspec.msgpack.decode(answer, type=agreed)
+        share = _came(self._url, self._attempt, rank, base)
         return dataclasses.replace(plan, items=[plan.items[number] for number in numbers], storage_data=share)
 
 
 class Share:
-    """What the coordinator gives a rank: the attempt, and the rank's number in it.
+    """What the coordinator gives a rank: the attempt, and the rank's number in it; and a step to which all may refer,
+    with its attempt.
 
     A planner that keeps plans from one save to the next (`enable_plan_caching`) hands over the plan of an earlier save,
     in place of the one that has just come. So one that comes is noted where the writer looks first.
     """
 
-    def __init__(self, url: str, attempt: str, rank: int) -> None:
-        self.url, self.attempt, self.rank = url, attempt, rank
+    def __init__(self, url: str, attempt: str, rank: int, base: tuple[str, str] | None = None) -> None:
+        self.url, self.attempt, self.rank, self.base = url, attempt, rank, base
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _came, (self.url, self.attempt, self.rank)
+        return _came, (self.url, self.attempt, self.rank, self.base)
 
 
 # Attempts whose writers were dropped before torch has finished them: some rank has failed.
@@ -268,8 +313,8 @@ _shares: dict[str, Share] = {}
 _saves: Counter[str] = Counter()
 
 
-def _came(url: str, attempt: str, rank: int) -> Share:
-    share = _shares[url] = Share(url, attempt, rank)
+def _came(url: str, attempt: str, rank: int, base: tuple[str, str] | None) -> Share:
+    share = _shares[url] = Share(url, attempt, rank, base)
     return share
 
 

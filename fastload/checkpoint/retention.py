@@ -133,6 +133,12 @@ def folder_of(run: Place, step: int) -> Place:
     return Place(run.store, f"{run.folder}{step}/")
 
 
+def run_of(place: Place) -> tuple[Place, int | None]:
+    """The run of which the checkpoint at a place would be a step, and which; None: its name is no number."""
+    above, _, name = place.folder.rstrip("/").rpartition("/")
+    return Place(place.store, above + "/"), number_of(name)
+
+
 def folders(run: Place) -> Folders:
     """By one listing of all that lies below the run's URL."""
     found: Folders = {}
@@ -196,10 +202,10 @@ def sweep(place: Place, *, now_s: float, grace_s: float = GRACE_S, is_trial: boo
     names = place.names()
     if not any(map(decisions.is_ours, names)):
         return Pruned([])
-    above, _, name = place.folder.rstrip("/").rpartition("/")
+    run, step = run_of(place)
     referred: set[str] = set()
-    if (step := number_of(name)) is not None:
-        seen, stays = _look_again(Place(place.store, above + "/"), None, Known())
+    if step is not None:
+        seen, stays = _look_again(run, None, Known())
         referred = {each.partition("/")[2] for each in stays if each.startswith(f"{step}/")}
         if step in seen.held():  # perhaps by the plans of attempts that were to replace it, which go first
             referred = {each for each in names if not decisions.is_plan(each)}
@@ -211,9 +217,8 @@ def remove(place: Place) -> Pruned:
     """Delete one checkpoint, but for what others of its run refer to, and what attempts have left in its folder. Raises
     `ObjectMissingError` where there is none.
     """
-    above, _, name = place.folder.rstrip("/").rpartition("/")
-    if (step := number_of(name)) is not None:
-        run = Place(place.store, above + "/")
+    run, step = run_of(place)
+    if step is not None:
         seen = _look(run, known := Known())
         if any(map(decisions.is_ours, seen.folders.get(step, ()))):
             return _delete(run, seen, [step], math.inf, 0.0, known)

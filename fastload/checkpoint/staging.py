@@ -65,7 +65,8 @@ class Layout:
     byte_count: int
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> Layout:
+    def of(cls, state: Mapping[str, Any], piece_bytes: int = SEGMENT_BYTES) -> Layout:
+        """Where tensors will be cut in pieces of so many bytes."""
         tensors: list[torch.Tensor] = []
         found: list[tuple[str, bool]] = []
         value_bytes = 0
@@ -93,7 +94,11 @@ class Layout:
             value_bytes += tensors[number].nbytes + PAGE_BYTES
         for group in _areas([tensors[number].nbytes for number in stored], [found[number][1] for number in stored]):
             numbers = [stored[place] for place in group]
-            room = sum(_entry_bytes(found[number][0], tensors[number].dim()) for number in numbers)
+            room = sum(
+                _entry_bytes(found[number][0], tensors[number].dim())
+                * (1 + 2 * (tensors[number].nbytes // piece_bytes))
+                for number in numbers
+            )
             end = _aligned(end + room, PAGE_BYTES)
             for number in numbers:
                 offsets[number] = end

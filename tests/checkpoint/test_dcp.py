@@ -315,6 +315,27 @@ def test_what_a_planner_makes_of_it_is_saved(tmp_path: Path, cache: fastload.Cac
         same({**state, "large": state["large"] * 2}, checkpoint.load(tmp_path / str(number)))
 
 
+@pytest.mark.parametrize("save", [dcp.save, dcp.async_save])
+def test_dedup(tmp_path: Path, cache: fastload.Cache, save: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "SMALL_BYTES", 0)
+    state = {"w": torch.randn(1000, 3000), "b": torch.randn(7), "n": 3, "tied": torch.zeros(0)}
+    state["tied"] = state["w"]
+    sizes, run = [], tmp_path / "run"
+    for step in (0, 1, 2):
+        state["w"][500, 7] = step
+        writer = Writer(run / str(step), cache=cache, dedup=True)
+        saving = save(state, storage_writer=writer)
+        if save is dcp.async_save:
+            saving.result()
+        del saving
+        same(state, checkpoint.load(run / str(step)))
+        sizes.append(sum(path.stat().st_size for path in (run / str(step)).glob("*/*.safetensors")))
+    assert 12_000_000 < sizes[0] < 12_100_000
+    assert all(500_000 < size < 600_000 for size in sizes[1:])
+    with pytest.raises(CheckpointException, match=r"the last part of the URL is a step's number, as in run/1200"):
+        dcp.save(state, storage_writer=Writer(run / "last", cache=cache, dedup=True))
+
+
 def test_a_state_that_was_staged_is_saved_once(tmp_path: Path, cache: fastload.Cache) -> None:
     """What is left of it afterwards is no state any more, where parts of it were moved."""
     half = {"b": torch.ones(1000, 3000)}

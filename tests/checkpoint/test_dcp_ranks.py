@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import fastload
 from fastload import checkpoint
-from fastload.checkpoint import Reader, Writer, attempts
+from fastload.checkpoint import Reader, Writer, attempts, retention
 from fastload.checkpoint.attempts import Place
 from fastload.checkpoint.writing import images_of
 from fastload.client.cache import handle_of
@@ -285,6 +285,74 @@ def save_to_memory(rank: Rank, url: str, directory: str) -> None:
             dcp.save({"w": rows}, storage_writer=Writer(url, overwrite=True, cache=cache), no_dist=True)
         torch.distributed.barrier()
     writer.close()
+
+
+def test_what_the_step_before_has_is_not_stored_again(pool: RankPool, tmp_path: Path) -> None:
+    """Each rank refers to what any rank of the step before has stored, also on another mesh; and to nothing of a step
+    that was deleted since this save has begun.
+    """
+    steps = checkpoint.Run(tmp_path, keep=checkpoint.Keep(last=1))
+    for step, world_size, options in (
+        (1, 4, {}),
+        (2, 4, {}),
+        (3, 2, {}),
+        (4, 2, {"use_collectives": False}),
+        (5, 2, {"planner": Deleting(str(tmp_path / "4"))}),
+    ):
+        before = stored(tmp_path)
+        run(pool, save_again, world_size, str(tmp_path / str(step)), step, options)
+        if step in (2, 4):
+            # Of 24 MiB one row has changed, and what is smaller than a piece.
+            assert stored(tmp_path) - before < (2 << 20)
+        found = checkpoint.load(tmp_path / str(step))
+        expected = big(step)
+        assert torch.equal(found["rows"], expected)
+        assert torch.equal(found["alike"], expected)
+        assert len(list((tmp_path / str(step)).glob("*/plan.json"))) == 1
+        if step < 4:
+            steps.prune(grace_s=0.0)
+        assert steps.latest() == step
+    assert steps.steps() == [3, 5]
+    current = attempts.current(place(tmp_path / "5"))
+    assert current is not None
+    assert current.manifest is not None
+    assert current.manifest.refers == ()
+
+
+def stored(root: Path) -> int:
+    return sum(path.stat().st_size for path in root.rglob("*.safetensors"))
+
+
+def big(step: int) -> torch.Tensor:
+    rows = torch.arange(3.0 * (1 << 20)).reshape(64, -1)
+    rows[17] += step
+    return rows
+
+
+def save_again(rank: Rank, url: str, step: int, options: dict[str, Any]) -> None:
+    mesh = init_device_mesh("cpu", (rank.world_size,))
+    state = {"rows": distribute_tensor(big(step), mesh, [Shard(0)]), "alike": big(step), "step": torch.tensor(step)}
+    save = dcp.save if step % 2 else dcp.async_save
+    saving = save(state, storage_writer=Writer(url, dedup=True), **options)
+    if save is dcp.async_save:
+        saving.result()
+    with handle_of(None):
+        torch.distributed.barrier()
+
+
+class Deleting(dcp.DefaultSavePlanner):
+    """Deletes a step once all ranks have their plans."""
+
+    def __init__(self, step: str) -> None:
+        super().__init__()
+        self.step = step
+
+    def finish_plan(self, new_plan: Any) -> Any:
+        if torch.distributed.get_rank() == 0:
+            with attempts.opened(self.step, None) as place:
+                retention.remove(place)
+        torch.distributed.barrier()
+        return super().finish_plan(new_plan)
 
 
 def test_plans_that_are_kept(pool: RankPool, tmp_path: Path) -> None:
