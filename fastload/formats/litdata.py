@@ -172,6 +172,8 @@ def _layout(index: _Index, url: str) -> bytes:
     is_packed = bool(config.compression) and level == "sample"
     try:
         names = _names(config)
+        if len(names) != len(config.data_format):
+            raise ValueError(f"it has {len(names)}")
         columns = [[name, form] for name, form in zip(names, config.data_format, strict=True)]
         LitDataReader.of({"columns": columns, "is_packed": is_packed})
     except ValueError as error:

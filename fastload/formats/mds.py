@@ -123,7 +123,9 @@ def _index(data: bytes, url: str) -> _Index:
     try:
         index = msgspec.json.decode(data, type=_Index)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{url} is no index of MDS shards: {error}; write it again") from error
+        raise ConfigError(
+            f"{url} is no index of MDS shards, nor of LitData's chunks: {error}; write it again"
+        ) from error
     if index.version != 2:
         raise ConfigError(f"{url} has version {index.version} of MDS; fastload reads version 2")
     odd = next((shard.format for shard in index.shards if shard.format not in ("mds", *_SEPARATORS)), None)

@@ -348,7 +348,10 @@ class SampleGatherer:
             if name + "?" not in names and read.may_have(name + "?"):
                 raise _marked(samples.urls()[0], name, name + "?")
         wanted = [name for name in names if name not in lacking]
-        decoders = {name: read.decoder(name) for name in wanted if name not in self._columns.decoders}
+        try:
+            decoders = {name: read.decoder(name) for name in wanted if name not in self._columns.decoders}
+        except ConfigError as error:  # what is not decoded
+            raise ConfigError(f"{samples.urls()[0]}: {error}") from error
         pickled = next((name for name, decoder in decoders.items() if isinstance(decoder, Pickled)), None)
         if pickled is not None and not self._columns.allow_pickle:
             raise ConfigError(

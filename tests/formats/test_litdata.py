@@ -386,7 +386,7 @@ def test_columns_are_called_by_their_path(tree: Any, names: list[str]) -> None:
         (index_json(data_spec="7"), "its data_spec does not describe 2 leaves"),
         (index_json(data_spec="[2, {}]"), "its version is 2, and 1 is known"),
         (index_json(data_spec="[1, {}]"), "does not describe 2 leaves"),
-        (index_json(data_spec=spec(LEAF)), "does not describe 2 leaves"),
+        (index_json(data_spec=spec(LEAF)), r"does not describe 2 leaves \(it has 1\)"),
         (index_json(data_spec=spec(node("builtins.dict", '["a"]', LEAF, LEAF))), "does not describe 2 leaves"),
         (index_json(data_spec=spec(node("builtins.dict", "7", LEAF, LEAF))), "does not describe 2 leaves"),
         (index_json(data_spec=spec(node("builtins.dict", "{", LEAF, LEAF))), "does not describe 2 leaves"),
@@ -529,6 +529,15 @@ def test_what_is_not_decoded_is_refused_by_name(form: str) -> None:
     for odd in ("no_header_tensor:10", "no_header_numpy:14", "no_header_tensor:", "no_header_tensor:x"):
         with pytest.raises(ConfigError, match="a column has the serializer 'no_header_"):
             LitDataReader.of({"columns": [["a", odd]], "is_packed": False}).decoder("a")
+
+
+def test_a_chunk_is_named_whose_values_are_not_decoded(cache: fastload.Cache, tmp_path: Path) -> None:
+    shutil.copytree(WRITTEN / "litdata", tmp_path / "lit")
+    about = json.loads((tmp_path / "lit" / "index.json").read_bytes())
+    about["config"]["data_format"][0] = "video"
+    (tmp_path / "lit" / "index.json").write_text(json.dumps(about))
+    with pytest.raises(ConfigError, match=r"lit/chunk-0-0\.bin: column '\w+' holds a video, which fastload does not"):
+        next(iter(fastload.StreamingDataset(f"{tmp_path}/lit/", cache=cache)))
 
 
 def test_chunks_and_index_that_do_not_fit_are_an_error_that_names_them(cache: fastload.Cache, tmp_path: Path) -> None:
