@@ -213,10 +213,10 @@ class MdsReader:
             columns = msgspec.convert(fields.get("columns"), list[tuple[str, str, int | None]])
         except msgspec.ValidationError as error:
             raise ShardError(f"its columns are described by what is no description ({error})") from error
-        lower = [name.lower() for name, _, _ in columns]
-        twice = next((name for name in lower if lower.count(name) > 1), None) if len(set(lower)) < len(lower) else None
+        names = [name for name, _, _ in columns]
+        twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
         if twice is not None:
-            raise ShardError(f"it has the column {twice!r} twice, whatever its case; rename one")
+            raise ShardError(f"it has the column {twice!r} twice; rename one")
         for name, encoding, size in columns:
             expected = _size_of(encoding)
             if size is not None and not 0 <= size < 1 << 32:

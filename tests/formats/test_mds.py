@@ -161,6 +161,21 @@ def shard(columns: list[tuple[str, str, int | None]], samples: list[list[bytes]]
     return struct.pack("<I", len(records)) + ends.tobytes() + about + b"".join(records)
 
 
+def test_columns_that_differ_in_case_only_are_read_by_their_exact_names(cache: fastload.Cache, tmp_path: Path) -> None:
+    path = tmp_path / "shard.00000.mds"
+    path.write_bytes(shard([("Text", "str", None), ("text", "str", None)], [[b"one", b"two"]]))
+
+    def read(**options: Any) -> dict[str, Any]:
+        (sample,) = fastload.StreamingDataset(path, cache=cache, **options)
+        return {name: value for name, value in sample.items() if name[:2] != "__"}
+
+    assert read() == {"Text": "one", "text": "two"}
+    assert (read(columns=["text"]), read(columns=["Text"])) == ({"text": "two"}, {"Text": "one"})
+    assert read(decode={"text": fastload.decode.raw()}) == {"text": b"two"}
+    batch = next(iter(fastload.DataLoader(fastload.StreamingDataset(path, cache=cache), batch_size=1)))
+    assert (batch["Text"], batch["text"]) == (["one"], ["two"])
+
+
 COLUMNS: list[tuple[str, str, int | None]] = [("a", "bytes", None), ("b", "int", 8), ("c", "str", None)]
 
 
@@ -201,7 +216,7 @@ GOOD = shard(COLUMNS, [[b"xy", bytes(8), b"z"], [b"", bytes(8), b"long"]])
         (shard([("a", "no-such", None)], []), "'no-such', which fastload does not know"),
         (shard([("a", "int", 4)], []), "has 4 bytes where that takes 8"),
         (shard([("a", "ndarray:complex64", None)], []), "whose dtype MDS does not know"),
-        (shard([("a", "bytes", None), ("A", "int", 8)], []), "the column 'a' twice"),
+        (shard([("a", "bytes", None), ("a", "int", 8)], []), "the column 'a' twice"),
         (shard([("a", f"ndarray:int8:{'9' * 5000}", None)], []), "which fastload does not know"),
         (shard([("a", "ndarray:int8:0,9999999999", 0)], []), "larger than an array in a shard can be"),
         (shard([("a", f"ndarray:int8:0{',1' * 40}", 0)], []), "larger than an array in a shard can be"),
