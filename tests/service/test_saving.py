@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -29,6 +30,7 @@ from fastload.client.saver import Saver
 from fastload.errors import CacheError, ServiceError
 from fastload.service.saving.area import COMMITTED, KEPT, STORED, Area, Found, Kept
 from fastload.service.saving.image import Image
+from fastload.service.saving.to_disk import _hashed_and_kept
 from tests.cache.faults import failing
 from tests.patience import PATIENCE_S
 from tests.processes import kill_service, until
@@ -68,6 +70,24 @@ def test_what_is_kept_is_found_again(area: Area) -> None:
     area.remove(kept.name)
     assert area.scan() == []
     assert list(area.path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 65536, 70_000, (16 << 20) + 4096, (33 << 20) + 65537])
+@pytest.mark.parametrize("trouble", [0, errno.EINVAL, errno.ENOSPC])
+def test_a_segment_is_hashed_while_it_is_written(area: Area, size: int, trouble: int) -> None:
+    """Also where the file system takes no direct writes, or is full in the middle."""
+    with open(os.memfd_create("image", os.MFD_ALLOW_SEALING), "r+b") as file:
+        file.write(os.urandom(1 << 20) * (size // (1 << 20) + 1))
+        file.truncate(size + 4096)
+        file.flush()
+        fcntl.fcntl(file.fileno(), fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        image = Image(os.dup(file.fileno()), size + 4096, [(0, size)], (size, 4096))
+    data = bytes(image.segment(0))
+    with failing(3, trouble) if trouble else contextlib.nullcontext():
+        sums, no_disk = _hashed_and_kept(area, KEPT_SAVE.name, 0, image)
+    image.close()
+    assert sums == checksums([memoryview(data)])
+    assert no_disk or (area.path / f"{KEPT_SAVE.name}-0000.safetensors").read_bytes() == data
 
 
 def test_the_log_byte_by_byte(area: Area) -> None:

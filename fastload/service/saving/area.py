@@ -36,7 +36,7 @@ import logging
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -56,7 +56,7 @@ MAGIC = b"FLSAVE\0\1"
 KEPT, STORED, COMMITTED = 1, 2, 3
 _HEAD = struct.Struct("<II16s")
 _PAYLOAD_BYTES_MAX = 1 << 20
-# What one call writes: so much of a checkpoint is in the kernel's hands at a time.
+# What one call writes: so much of a checkpoint is in the kernel's hands at a time, and of whole blocks.
 _WRITE_BYTES = 16 << 20
 # A file system is not filled to its last byte: others live there as well.
 _LEFT_FREE_BYTES = 256 << 20
@@ -145,15 +145,19 @@ class Area:
         status = syscalls.statvfs(self.path)
         return max(0, status.f_bavail * status.f_frsize - _LEFT_FREE_BYTES)
 
-    def write_segment(self, name: str, number: int, data: memoryview) -> None:
-        """Put a segment on the disk; past the page cache where its memory begins at a page and the file system can."""
+    def write_segment(
+        self, name: str, number: int, data: memoryview, before: Callable[[int], object] = lambda end: None
+    ) -> None:
+        """Put a segment on the disk; past the page cache where its memory begins at a page and the file system can.
+        `before(end)` is called before what comes before `end` is written.
+        """
         path = self._segment(name, number)
         try:
-            _write(path, data, os.O_DIRECT)
+            _write(path, data, os.O_DIRECT, before)
         except OSError as error:
             if error.errno not in _NOT_DIRECT:
                 raise
-            _write(path, data, 0)
+            _write(path, data, 0, before)
 
     def keep(self, kept: Kept, part: bytes) -> None:
         """All segments are there: put the part record beside them, and say so for all time."""
@@ -256,14 +260,15 @@ def _records(data: bytes) -> Iterator[tuple[int, bytes]]:
         at += _HEAD.size + length
 
 
-def _write(path: Path, data: memoryview, flags: int) -> None:
+def _write(path: Path, data: memoryview, flags: int, before: Callable[[int], object] = lambda end: None) -> None:
     """Make the file, and have it on the disk."""
     fd = syscalls.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | flags)
     try:
         body = len(data) // PAGE_BYTES * PAGE_BYTES if flags else len(data)
         for start in range(0, body, _WRITE_BYTES):
-            part = data[start : min(start + _WRITE_BYTES, body)]
-            transfer(syscalls.pwritev, fd, (part,), "write", start)
+            end = min(start + _WRITE_BYTES, body)
+            before(end)
+            transfer(syscalls.pwritev, fd, (data[start:end],), "write", start)
         if body < len(data):  # a direct write is of whole pages
             with syscalls.mmap_scratch(PAGE_BYTES) as page, memoryview(page) as view:
                 view[: len(data) - body] = data[body:]

@@ -19,7 +19,7 @@ import msgspec
 from xxhash import xxh3_64_intdigest
 
 from fastload.checkpoint.records import Record
-from fastload.checkpoint.segments import checksums
+from fastload.checkpoint.segments import BLOCK_BYTES, checksums
 from fastload.config import format_bytes
 from fastload.errors import ServiceError
 from fastload.service.host.threads import Done
@@ -201,16 +201,34 @@ class ToDisk:
             self._pool.submit(self._area.remove, saving.kept.name, done=_logged)
 
 
+class _Sums:
+    """Of a segment's blocks, from its beginning on."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data, self._end, self._found = data, 0, bytearray()
+
+    def until(self, end: int) -> bytes:
+        """Those of all whole blocks before `end`, and of the last one at the end of all."""
+        if end < len(self._data):
+            end -= end % BLOCK_BYTES
+        self._found += checksums([self._data[self._end : end]])
+        self._end = max(end, self._end)
+        return bytes(self._found)
+
+
 def _hashed_and_kept(area: Area | None, name: str, number: int, image: Image) -> tuple[bytes, str]:
-    """A segment's checksums, and why it is not on the disk."""
+    """A segment's checksums, and why it is not on the disk. One thread hashes while the disk is busy with what others
+    have hashed: with all of a segment hashed before any of it was written, all began with that, and a save took 1.35
+    times as long as a raw write in place of 1.05.
+    """
     data = image.segment(number)
-    sums = checksums([data])
+    sums, no_disk = _Sums(data), ""
     if area is not None:
         try:
-            area.write_segment(name, number, data)
+            area.write_segment(name, number, data, sums.until)
         except OSError as error:
-            return sums, _no_disk(area, error)
-    return sums, ""
+            no_disk = _no_disk(area, error)
+    return sums.until(len(data)), no_disk
 
 
 def _make_room(area: Area, victims: list[str], need: int) -> str:
