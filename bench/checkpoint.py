@@ -10,6 +10,7 @@ sink (`bench.sink`), which costs little, on this machine.
 bytes into memory that was used before: the limit. torch's own calls save to a file on the same disk.
 *disk*: from then until the level `disk`, of the time in which one thread writes as many bytes with O_DIRECT and fsync.
 *upload*: CPU-seconds of trainer and service a GB, of those of obstore's `put` of as many bytes, four at a time.
+Then, with the sink taking no more than 200 MB/s in all, the rate from when the service has the memory to the commit.
 *starting again*: `checkpoint.load(into=)` of what the service's memory has, of the time of the copy.
 """
 
@@ -46,6 +47,7 @@ TENSORS = 32
 KEYS: dict[str, Any] = {"access_key_id": "bench", "secret_access_key": "bench", "region": "us-east-1"}
 _WRITE_BYTES = 16 << 20
 _SEGMENT_BYTES = 256 << 20
+_CAP_BYTES_PER_S = 200_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,9 @@ def measure(setting: Setting, rounds: int) -> list[Figure]:
         Figure("CPU time to the disk, of dcp.save's", "", taken["disk cpu"], at_most=0.5),
         Figure("CPU time of the upload, of obstore's put", "", taken["upload cpu"], at_most=1 / 3),
         Figure("the upload", "CPU-s a GB", taken["upload cpu a GB"]),
+        Figure("obstore's put", "CPU-s a GB", taken["obstore cpu a GB"]),
+        Figure("the upload", "times obstore's rate, four at a time", taken["upload rate"]),
+        Figure("the upload, of a cap of 200 MB/s", "", taken["upload capped"], at_least=0.95),
         Figure("starting again", "times a copy", taken["again"], at_most=1.5),
         Figure("starting again, from the store", "bytes of tensors", taken["again bytes"], at_most=0),
     ]
@@ -150,8 +155,11 @@ def one_round(setting: Setting, into: dict[str, torch.Tensor], number: int, take
     raw_s = raw_write_s(setting.folder / "raw", byte_count)
     dcp_s, dcp_cpu = dcp_save(state, setting.folder / "dcp")
     async_s = dcp_async_save_s(state, setting.folder / "async")
-    upload = upload_cpu(setting, number)
-    puts = obstore_cpu(setting)
+    upload, upload_s = upload_cost(setting, f"{number}")
+    puts, puts_s = obstore_cost(setting)
+    control(setting.sink, f"cap/{_CAP_BYTES_PER_S}")
+    _, capped_s = upload_cost(setting, f"{number}-capped")
+    control(setting.sink, "cap/0")
     taken["copy"].append(byte_count / 1e9 / copy)
     taken["first"].append(stalls[0])
     taken["later"] += stalls[1:]
@@ -161,6 +169,9 @@ def one_round(setting: Setting, into: dict[str, torch.Tensor], number: int, take
     taken["disk cpu"].append(cpu / dcp_cpu)
     taken["upload cpu"].append(upload / puts)
     taken["upload cpu a GB"].append(upload / (byte_count / 1e9))
+    taken["obstore cpu a GB"].append(puts / (byte_count / 1e9))
+    taken["upload rate"].append(puts_s / upload_s)
+    taken["upload capped"].append(byte_count / _CAP_BYTES_PER_S / capped_s)
     taken["again"].append(again_s / copy)
 
 
@@ -205,26 +216,26 @@ def dcp_async_save_s(state: dict[str, torch.Tensor], folder: Path) -> float:
     return took_s
 
 
-def upload_cpu(setting: Setting, number: int) -> float:
-    """CPU-seconds of both processes from when the service has the memory, without a disk."""
-    folder = setting.folder / f"upload{number}"
+def upload_cost(setting: Setting, name: str) -> tuple[float, float]:
+    """CPU-seconds of both processes, and seconds, from when the service has the memory, without a disk."""
+    folder = setting.folder / f"upload{name}"
     with fastload.Cache(folder, ram_bytes="64MiB", disk_bytes=0, checkpoint_disk_bytes=0) as cache:
         pids = [os.getpid(), int(cache.stats()["pid"])]
-        url = f"s3://bench/upload{number}"
+        url = f"s3://bench/upload{name}"
         saving = checkpoint.save(setting.state, url, until="memory", cache=cache, storage_options=setting.options)
-        before = cpu_but_the_sinks_s(setting, pids)
+        before, began = cpu_but_the_sinks_s(setting, pids), time.perf_counter()
         saving.wait("store")
-        return cpu_but_the_sinks_s(setting, pids) - before
+        return cpu_but_the_sinks_s(setting, pids) - before, time.perf_counter() - began
 
 
-def obstore_cpu(setting: Setting) -> float:
+def obstore_cost(setting: Setting) -> tuple[float, float]:
     store = obstore.store.S3Store("bench", endpoint=setting.sink, client_options={"allow_http": True}, **KEYS)
     data = memoryview(bytearray(min(_SEGMENT_BYTES, setting.byte_count)))
-    before = cpu_but_the_sinks_s(setting, [os.getpid()])
+    before, began = cpu_but_the_sinks_s(setting, [os.getpid()]), time.perf_counter()
     with ThreadPoolExecutor(4) as pool:
         puts = range(0, setting.byte_count, len(data))
         list(pool.map(lambda at: obstore.put(store, f"put/{at}", data, use_multipart=False), puts))
-    return cpu_but_the_sinks_s(setting, [os.getpid()]) - before
+    return cpu_but_the_sinks_s(setting, [os.getpid()]) - before, time.perf_counter() - began
 
 
 def cpu_but_the_sinks_s(setting: Setting, pids: list[int]) -> float:

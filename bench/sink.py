@@ -2,7 +2,8 @@
 
 A real server takes 12 CPU-seconds to receive a GB, which on two cores is all that would be measured. This one keeps
 objects of less than 1 MiB, and of others their size, or all of them from `PUT /keep` on; checksums it repeats, and does
-not compare. `GET /counters` says what came and went, `PUT /shut` has larger uploads refused until `PUT /open`.
+not compare. `GET /counters` says what came and went, `PUT /shut` has larger uploads refused until `PUT /open`, and
+`PUT /cap/BYTES` takes all of them together at no more than that a second; 0: as fast as they come.
 
     python -m bench.sink        # prints its URL, and ends with its standard input
 """
@@ -15,10 +16,13 @@ import json
 import re
 import sys
 import threading
+import time
 import urllib.parse
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from xml.sax.saxutils import escape
+
+from bench.proxy import RateClock
 
 KEPT_BYTES = 1 << 20
 _CHECKSUM = "x-amz-checksum-crc32"
@@ -36,6 +40,7 @@ class Sink(ThreadingHTTPServer):
         self.objects: dict[str, tuple[bytes | memoryview, int, str]] = {}  # content if it is kept, size, ETag
         self.counters: Counter[str] = Counter()
         self.is_shut = self.keeps_all = False
+        self.clock = RateClock(None)
         self.versions = itertools.count()
 
 
@@ -47,6 +52,10 @@ class _Handler(BaseHTTPRequestHandler):
         path, size = urllib.parse.urlsplit(self.path).path, int(self.headers.get("Content-Length") or 0)
         if path in ("/shut", "/open", "/keep"):
             self.server.is_shut, self.server.keeps_all = path == "/shut", path == "/keep" or self.server.keeps_all
+            self._answer(200)
+            return
+        if path.startswith("/cap/"):
+            self.server.clock.change(float(path.removeprefix("/cap/")) or None)
             self._answer(200)
             return
         if self.server.is_shut and size >= KEPT_BYTES:  # before it is sent, or the way would be measured
@@ -133,7 +142,11 @@ class _Handler(BaseHTTPRequestHandler):
             return data
         buffer = memoryview(bytearray(1 << 20))
         while size:
-            size -= self.rfile.readinto(buffer[: min(size, len(buffer))])
+            count = self.rfile.readinto(buffer[: min(size, len(buffer))])
+            with self.server.lock:
+                may_move_at = self.server.clock.book(count, time.monotonic())
+            time.sleep(max(0.0, may_move_at - time.monotonic()))
+            size -= count
         return b""
 
     def _answer(
