@@ -239,8 +239,12 @@ def _views(place: Place, there: Contents, names: Sequence[str], copies: Copies) 
         if is_whole and pieces[0].offset % DTYPES[dtype] == 0 and not copies.has(pieces[0].object):
             whole[name] = pieces[0]
             shared.ask(url_of(place.folder, pieces[0].object.name), pieces[0].object)
-    views = {}
-    for name, piece in whole.items():
+    views: dict[str, torch.Tensor] = {}
+    ends: dict[str, int] = {}  # of what is taken of each object
+    for name, piece in sorted(whole.items(), key=lambda each: (each[1].object.name, each[1].offset)):
+        if piece.offset < ends.get(piece.object.name, 0):  # it was tied to another one, and is to be apart from it
+            continue
+        ends[piece.object.name] = piece.offset + piece.length
         memory = shared.memory(url_of(place.folder, piece.object.name), piece.object)
         if memory is not None:
             dtype, shape = there.tensors[name]

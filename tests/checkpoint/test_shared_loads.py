@@ -97,6 +97,25 @@ def load(url: str, cache: Any, gate: Gate, **more: Any) -> dict[str, Any]:
     return checkpoint.load(url, cache=cache, storage_options=options(gate.url), **more)
 
 
+def test_tensors_that_are_stored_once_are_apart(
+    s3: Bucket, cache: fastload.Cache, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In memory that is shared, what is written to one is not seen in another one."""
+    rows = state()["w"]
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "SMALL_BYTES", 1 << 30)
+        tied = {"part": rows[3:5], "w": rows, "head": rows}
+        checkpoint.save(tied, f"{s3.url}/tied", storage_options=options(s3.server.endpoint_url))
+    loaded = load(f"{s3.url}/tied", cache, gate)
+    assert received(gate) < 1.02 * BYTES
+    assert places("Rss") >= BYTES
+    for name in ("part", "w", "head"):
+        loaded[name].fill_(-1)
+        for other in tied.keys() - {name}:
+            assert torch.equal(loaded[other], tied[other])
+        loaded[name].copy_(tied[name])
+
+
 # It loads, and does what it is asked to.
 LOADER = """
 import json, sys, fastload
