@@ -436,9 +436,42 @@ class Contents:
         table = self._boxes[self._box_start[self._rows(name), None] + np.arange(2 * dimensions)]
         return table[:, :dimensions], table[:, dimensions:]
 
+    def _are_slabs(self) -> list[bool]:
+        """Which tensors are of several pieces that lie side by side along one dimension, and are all of it. As a rule
+        those that several ranks have saved; to look at each of a million of them by itself takes minutes.
+        """
+        found = np.zeros(len(self._numbers), np.bool_)
+        counts = np.diff(self._starts)
+        shapes = [shape for _, shape in self.tensors.values()]
+        dimensions = np.array([len(shape) if 0 not in shape else 0 for shape in shapes], np.int64)
+        for count in set(dimensions[counts > 1].tolist()) - {0}:
+            numbers = np.flatnonzero((counts > 1) & (dimensions == count))
+            rows = _ragged(self._starts[numbers], counts[numbers])
+            table = self._boxes[self._box_start[rows, None] + np.arange(2 * count)]
+            offsets, sizes = table[:, :count], table[:, count:]
+            shape = np.array([shapes[number] for number in numbers.tolist()], np.int64)
+            which = np.repeat(np.arange(len(numbers)), counts[numbers])
+            firsts = _starts(counts[numbers].tolist())
+            is_cut = np.logical_or.reduceat(sizes != shape[which], firsts)
+            along = is_cut.argmax(axis=1)
+            start, size = (np.take_along_axis(each, along[which, None], axis=1)[:, 0] for each in (offsets, sizes))
+            # Empty pieces count for nothing.
+            start = np.where(size > 0, start, -1)
+            order = np.lexsort((start, which))
+            end = (start + size)[order]
+            expected = np.concatenate(([0], np.where(size[order] > 0, end, 0)[:-1]))
+            expected[firsts] = 0
+            follows = np.logical_and.reduceat((size[order] == 0) | (start[order] == expected), firsts)
+            last = end[firsts + counts[numbers] - 1]
+            is_whole = last == shape[np.arange(len(numbers)), along]
+            found[numbers] = (is_cut.sum(axis=1) == 1) & follows & is_whole
+        return found.tolist()
+
     def _check_tiling(self, where: str) -> None:
-        lengths, starts = self._length.tolist(), self._starts.tolist()
+        lengths, starts, are_slabs = self._length.tolist(), self._starts.tolist(), self._are_slabs()
         for name, number in self._numbers.items():
+            if are_slabs[number]:
+                continue
             dtype, shape = self.tensors[name]
             if starts[number + 1] - starts[number] == 1:
                 # The most of them, as a rule: one that is within it, and as large, is all of it.

@@ -274,6 +274,21 @@ def test_tilings_are_told_from_what_is_none(case: tuple[tuple[int, ...], list[Bo
     assert (found == "") == (inside and counted(shape, pieces)), found
 
 
+@given(st.lists(box_lists(), min_size=1, max_size=4))
+def test_all_tensors_of_a_checkpoint_are_told_at_once(cases: list[tuple[tuple[int, ...], list[Box]]]) -> None:
+    pieces, is_whole = [], True
+    for number, (shape, boxes) in enumerate(cases):
+        if all(o + s <= size for box in boxes for o, s, size in zip(box.offsets, box.sizes, shape, strict=True)):
+            pieces += [Piece(str(number), "U8", shape, box) for box in boxes]
+            is_whole = is_whole and (not boxes or counted(shape, boxes))
+    parts = parts_of(pieces[::2], pieces[1::2])
+    if is_whole:
+        assert len(Contents(parts, "here").tensors) == len({piece.name for piece in pieces})
+    else:
+        with pytest.raises(CheckpointError, match="is damaged"):
+            Contents(parts, "here")
+
+
 def test_hostile_boxes_take_neither_memory_nor_time() -> None:
     random = np.random.default_rng(1)
     offsets = random.integers(0, 1 << 40, (3000, 3))
