@@ -1,28 +1,32 @@
 """Checkpoints as safetensors files, one or a folder of them as the Hub has them (`to_dcp`: as torch's own).
 
 They are mapped into memory and filled there, straight from the store, so that it takes no more memory than what is in
-flight. They get their names when all is there, and on the disk.
+flight. They get their names when all is there, and on the disk. What is for a store is made here first, and then
+stored.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import struct
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastload.checkpoint.attempts import Place
+from fastload.checkpoint.attempts import Place, opened
 from fastload.checkpoint.foreign import INDEX
 from fastload.checkpoint.gathering import Bytes, gather, size_of, stored_order
 from fastload.checkpoint.records import Contents
 from fastload.checkpoint.segments import DTYPES, PAGE_BYTES
-from fastload.errors import ConfigError
+from fastload.errors import ConfigError, FastloadError
 
+_LAST = (INDEX, ".metadata")
 SHARD_BYTES = 5 << 30  # as the Hub's own tools have it
 _AHEAD_BYTES = 512 << 20
 
@@ -136,6 +140,40 @@ def _appearing(path: Path) -> Iterator[Any]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def sent(url: str, kind: str, *, overwrite: bool) -> Iterator[Path]:
+    """A path of this machine to export to, in the folder for temporary files; what is there when the block ends is
+    stored at a URL. What says which files there are (the index, torch's metadata) is stored last, so that who
+    reads the folder finds nothing before all is there. Raises `ConfigError` where something is there already.
+    """
+    above, _, name = url.rstrip("/").rpartition("/")
+    is_file = kind == "safetensors"
+    with opened(above if is_file else url, None) as place, tempfile.TemporaryDirectory(prefix="fastload-") as folder:
+        there = place.names(name if is_file else "")
+        if not overwrite and (name in there if is_file else there):
+            raise ConfigError(f"{url} is there already; name another URL, or pass --overwrite")
+        path = Path(folder) / name
+        yield path
+        files = [path] if is_file else sorted(path.iterdir(), key=lambda each: (each.name in _LAST, each.name))
+        new: list[str] = []
+        try:
+            for each in files:
+                new += [] if each.name in there else [each.name]
+                with (
+                    open(each, "rb") as file,
+                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+                    memoryview(data) as view,
+                ):
+                    place.store.put(place.folder + each.name, view)
+        except BaseException:
+            for name in new:
+                with contextlib.suppress(FastloadError):  # then it stays, without what would say that it is whole
+                    place.store.delete(place.folder + name)
+            raise
+        if kind == "hf" and INDEX in there and not (path / INDEX).exists():
+            place.store.delete(place.folder + INDEX)
 
 
 def check_free(path: Path, overwrite: bool) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -133,11 +133,14 @@ def verify(
         "fastload checkpoint export s3://bucket/run/1200 model.safetensors --part=model",
         "fastload checkpoint export s3://bucket/run/1200 /models/mine --to=hf --part=model",
         "fastload checkpoint export s3://bucket/run/1200 /ckpt/1200 --to=dcp",
+        "fastload checkpoint export s3://bucket/run/1200 s3://bucket/models/mine --part=model",
     ),
 )
 def export(
     url: Url,
-    target: Annotated[Path, typer.Argument(help="A file or folder of this machine.")],
+    target: Annotated[
+        str, typer.Argument(help="A file or folder, also of a store; for that it is made in TMPDIR first.")
+    ],
     to: Annotated[
         str | None,
         typer.Option(help="safetensors (a file), hf (a folder of them), dcp (torch's own); else by TARGET's name."),
@@ -154,29 +157,32 @@ def export(
     """Write a checkpoint as other tools read it, in little memory. What is no tensor goes with dcp only."""
     from fastload.checkpoint import exporting
     from fastload.checkpoint.finding import found
+    from fastload.store.urls import normalise, scheme
 
-    kind = to or ("safetensors" if target.suffix == ".safetensors" else "hf")
+    kind = to or ("safetensors" if target.endswith(".safetensors") else "hf")
     if kind not in ("safetensors", "hf", "dcp"):
         raise ConfigError(f"--to={kind}: write safetensors, hf or dcp")
     limit = parse_bytes(shard_bytes, "--shard-bytes")
     if limit == 0:
         raise ConfigError(f"--shard-bytes={shard_bytes}: a file has at least 1 byte; leave it out for 5 GiB")
     console = Console(stderr=True)
-    with found(url) as (place, there), shown(console, "exporting") as bar:
+    is_here = scheme(normalise(target)) == "file"
+    path_of = nullcontext(Path(normalise(target))) if is_here else exporting.sent(target, kind, overwrite=overwrite)
+    with found(url) as (place, there), path_of as path, shown(console, "exporting") as bar:
         if kind == "dcp":
             from fastload.checkpoint.to_dcp import to_dcp
 
-            to_dcp(place, there, part, target, bar.show, overwrite=overwrite, allow_pickle=allow_pickle)
+            to_dcp(place, there, part, path, bar.show, overwrite=overwrite, allow_pickle=allow_pickle)
             left = 0
         else:
             called = exporting.called(there, part, place.folder)
             left = exporting.value_count(there, part)
             if kind == "hf":
-                exporting.to_folder(place, there, called, target, bar.show, overwrite=overwrite, shard_bytes=limit)
+                exporting.to_folder(place, there, called, path, bar.show, overwrite=overwrite, shard_bytes=limit)
             else:
-                exporting.to_file(place, there, called, target, bar.show, overwrite=overwrite)
+                exporting.to_file(place, there, called, path, bar.show, overwrite=overwrite)
     others = f"; {left} values are no tensors, and are left out" if left else ""
-    console.print(f"written to {plain(str(target))}{others}", soft_wrap=True, markup=False, highlight=False)
+    console.print(f"written to {plain(target)}{others}", soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command(

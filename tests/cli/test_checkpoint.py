@@ -11,9 +11,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from fastload import checkpoint
-from fastload.checkpoint import Run
+from fastload.checkpoint import Run, attempts
+from fastload.checkpoint.foreign import INDEX
 from fastload.checkpoint.records import Plan
 from fastload.cli import exits
+from fastload.errors import AccessDeniedError
+from fastload.store.objectstore import ObjectStore
 from tests.checkpoint.test_single import model_state, same
 from tests.conftest import Bucket
 from tests.programs import run_cli_here
@@ -125,6 +128,36 @@ def test_exports(s3: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     dcp.load(into_all, checkpoint_id=tmp_path / "dcp", no_dist=True)
     same(model, into_all["model"])
     assert (into_all["step"], into_all["loader"]) == (7, {"epoch": 1, "seen": [1, 2]})
+
+
+def test_exports_to_a_store(s3: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What says which files there are comes last; and where it fails, nothing is left."""
+    state, url, out = model_state(), f"{tmp_path}/run/7", f"{s3.url}/out"
+    checkpoint.save(state, url)
+    model = dict(sorted(state["model"].items()))
+    assert "written to" in text("export", url, f"{out}/m.safetensors", "--part=model")
+    same(model, dict(sorted(checkpoint.load(f"{out}/m.safetensors").items())))
+    assert "is there already; name another URL" in text("export", url, f"{out}/m.safetensors", code=exits.FAILED)
+    text("export", url, f"{out}/hub", "--part=model", "--shard-bytes=2KiB")
+    text("export", url, f"{out}/hub", "--part=model", "--shard-bytes=2KiB", "--overwrite")
+    same(model, dict(sorted(checkpoint.load(f"{out}/hub").items())))
+    text("export", url, f"{out}/dcp", "--to=dcp")
+    same(state["model"], checkpoint.load(f"{out}/dcp")["model"])
+    names: list[str] = []
+    put = ObjectStore.put
+
+    def failing(store: ObjectStore, url: str, data: Any) -> Any:
+        names.append(url.rpartition("/")[2])
+        if names[-1] == INDEX:
+            raise AccessDeniedError("no more")
+        return put(store, url, data)
+
+    monkeypatch.setattr(ObjectStore, "put", failing)
+    assert "no more" in text("export", url, f"{out}/new", "--part=model", "--shard-bytes=2KiB", code=exits.FAILED)
+    assert len(names) > 2
+    assert names[-1] == INDEX
+    with attempts.opened(f"{out}/new", None) as place:
+        assert not place.names()
 
 
 def test_an_export_that_fails_leaves_nothing(run: Run, tmp_path: Path) -> None:
