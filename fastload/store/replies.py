@@ -40,7 +40,6 @@ import email.utils
 import functools
 import hashlib
 import re
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -48,6 +47,7 @@ import numpy as np
 
 from fastload.errors import StoreError
 from fastload.store.answers import BadReplyError, changed, is_strong, same_etag
+from fastload.store.crc32 import crc32
 from fastload.store.types import ObjectInfo
 
 _CONTENT_RANGE = re.compile(r"bytes[ \t]+(?:([0-9]{1,19})-([0-9]{1,19})|\*)/([0-9]{1,19}|\*)", re.IGNORECASE)
@@ -203,7 +203,7 @@ class Checksum:
     def is_of(self, data: memoryview) -> bool:
         """Whether these bytes have it."""
         if self.algorithm == "crc32":
-            return zlib.crc32(data) == int.from_bytes(self.value, "big")
+            return crc32(data) == int.from_bytes(self.value, "big")
         if self.algorithm in _POLYNOMIALS:
             return _crc(self.algorithm, data) == int.from_bytes(self.value, "big")
         return hashlib.new(self.algorithm, data, usedforsecurity=False).digest() == self.value

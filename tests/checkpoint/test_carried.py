@@ -542,6 +542,19 @@ def test_another_writer_is_first(s3: Bucket, gate: Gate, cache: fastload.Cache) 
     until(lambda: not list((cache.directory / "checkpoints").iterdir()))
 
 
+def test_what_has_no_room_on_the_disk_in_any_case_takes_none(s3: Bucket, tmp_path: Path) -> None:
+    with fastload.Cache(tmp_path / "cache", **SMALL, checkpoint_disk_bytes="6MiB") as cache:
+        given: dict[str, Any] = {"cache": cache, "storage_options": {"endpoint_url": s3.server.endpoint_url}}
+        checkpoint.save(state(0), f"{s3.url}/0", until="disk", **given).wait("store", PATIENCE_S)
+        before = cache.stats()["checkpoint_disk_bytes"]
+        files = sorted((cache.directory / "checkpoints").iterdir())
+        larger = {"w": torch.ones(2 * COUNT)}
+        with pytest.warns(RuntimeWarning, match="checkpoint_disk_bytes='6MiB' leaves no room for 10"):
+            checkpoint.save(larger, f"{s3.url}/other/1", until="disk", **given).wait("store", PATIENCE_S)
+        assert cache.stats()["checkpoint_disk_bytes"] == before > 0
+        assert sorted((cache.directory / "checkpoints").iterdir()) == files
+
+
 def test_a_third_save_waits_for_memory_that_is_used_again(s3: Bucket, gate: Gate, tmp_path: Path) -> None:
     """With the disk the service gives an image back while the store is down, else when it is stored."""
     with fastload.Cache(tmp_path / "cache", **SMALL, checkpoint_disk_bytes=0) as cache:

@@ -247,14 +247,14 @@ class Savings:
     def _write(self, saving: Saving) -> None:
         """Have it on the disk, where the limit leaves room for it once what is over has gone."""
         need, used = saving.kept.byte_count, self._disk.reserved_bytes
+        over = [each for each in self._savings.values() if each.is_over and self._disk.reserved(each)]
+        over.sort(key=lambda each: not each.is_done)  # of what has failed it may be the only copy
         victims = []
-        over = [each for each in self._savings.values() if each.is_over]
-        for other in sorted(over, key=lambda each: not each.is_done):  # of what has failed it may be the only copy
-            if used + need > self._disk_max and self._disk.reserved(other):
-                used -= self._disk.reserved(other)
-                other.is_on_disk = False
-                victims.append(other.kept.name)
+        while over and used + need > self._disk_max:
+            victims.append(over.pop(0))
+            used -= self._disk.reserved(victims[-1])
         if self._disk.path is not None and used + need > self._disk_max:
+            victims.clear()  # nothing goes for what has no room in any case
             saving.no_disk = (
                 f"checkpoint_disk_bytes={exact_bytes(self._disk_max)} leaves no room for {format_bytes(need)} beside "
                 f"{format_bytes(used)} that are not stored yet; raise it"

@@ -89,11 +89,13 @@ class ToDisk:
         assert self._area is not None
         return self._area.segment(kept, number, sums)
 
-    def write(self, saving: Saving, victims: list[str]) -> None:
+    def write(self, saving: Saving, victims: list[Saving]) -> None:
         """Look at the draft of the part record, remove what makes room, hash and write all segments."""
         area = None if saving.no_disk or self._resources.is_lost() else self._area
-        for name in victims:
-            del self._reserved[name]
+        for each in victims:
+            each.is_on_disk = False
+            del self._reserved[each.kept.name]
+        names = [each.kept.name for each in victims]
         need = saving.kept.byte_count
         if area is not None:
             self._reserved[saving.kept.name] = need
@@ -107,7 +109,7 @@ class ToDisk:
             own = [each.size for each in part.own]
             if own != list(saving.kept.sizes):
                 raise ServiceError(f"an image has segments of {saving.kept.sizes} bytes, and its record says {own}")
-            return part, "" if area is None else _make_room(area, victims, need)
+            return part, "" if area is None else _make_room(area, names, need)
 
         saving.read_image(self._pool, prepare, partial(self._prepared, saving, area), self._released)
 
