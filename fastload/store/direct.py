@@ -1,7 +1,9 @@
 """Objects by requests of our own: who is asked, who signs, and which buckets are not read and written this way.
 
-Moving bytes is where a store's CPU time goes, and HttpClient does it for two thirds of what obstore takes to read, and
-a third of what it takes to write (figures there and in `httpupload`). This says what to ask for. In S3 that is:
+Moving bytes is where a store's CPU time goes, and HttpClient does it for two thirds of what obstore takes to read.
+Writing, over plain HTTP, 256 MiB to `bench.sink`, medians of six in turn on two busy cores, CPU-seconds a GB: obstore
+with its SHA-256 1.68; this with a CRC-32 1.03 from a mapped file (0.28 without it) and 1.07 from other memory (0.50);
+the CRC-32 alone 0.74. This says what to ask for. In S3 that is:
 - with a key at hand, or anonymously: SigV4 in the headers (`sign_v4`);
 - with credentials that the machine hands out for a while (instance roles, containers, web identities): a URL that
   obstore signs, since it finds and refreshes them and does not hand them out. That takes 14 us and no request.
