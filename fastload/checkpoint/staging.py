@@ -109,7 +109,7 @@ class Layout:
         for number, (host, within) in tied.items():
             offsets[number] = offsets[host] + within
         record = sum(5 * len(name) + 40 * tensor.dim() + 200 for tensor, (name, _) in zip(tensors, found, strict=True))
-        # By the way, checksums, or hashes of small pieces.
+        # And checksums, or hashes of small pieces.
         end += record + value_bytes + data_bytes // 2048 + _RECORD_BYTES
         return cls(offsets, frozenset(tied), data_bytes, _aligned(end, PAGE_BYTES))
 
