@@ -1,7 +1,7 @@
 """Object storage through obstore: S3, Google, Azure.
 
 obstore lists and finds credentials. Its own retries are off, since ours stand around it, and its runtime
-does not survive a fork (a child hangs without an error), so a store belongs to the process that made it.
+does not survive a fork: a child whose parent had used it would hang without an error, and gets a `StoreError`.
 
 Bytes take one of two ways. From S3 they come by requests of our own straight into the caller's buffer, and go so out of
 it (see `direct`). Everything else streams through obstore and is copied, piece by piece, so that answers in flight do
@@ -42,6 +42,7 @@ from fastload.errors import (
     StoreUnavailableError,
     WriteConflictError,
 )
+from fastload.lifecycle import is_inherited
 from fastload.redaction import showable
 from fastload.store import settings, watch
 from fastload.store.answers import (
@@ -334,6 +335,7 @@ class ObjectStore:
     def _opened(self) -> ObstoreStore:
         if self._store is None:
             raise StoreUnavailableError(f"{self._root}: this store is closed")
+        _check_not_forked(self._root)
         return self._store
 
     def _opened_to_write(self, *, hashed: bool) -> ObstoreStore:
@@ -439,6 +441,21 @@ class ObjectStore:
         quoted, causes = _STATUS.search(text), _CAUSE.findall(text)
         reason = quoted[0] if quoted else causes[-1] if causes else "the connection failed or timed out"
         return f"{whom.scheme}://{whom.hostname}: {reason}" if whom.hostname else reason
+
+
+# The process in which obstore's runtime was started, by its first request.
+_runtime_pid: int | None = None
+
+
+def _check_not_forked(root: str) -> None:
+    global _runtime_pid
+    if _runtime_pid is None:
+        _runtime_pid = os.getpid()
+    elif is_inherited(_runtime_pid):
+        raise StoreError(
+            f"{root}: this process was forked from one that had asked a store already, and its requests would hang; "
+            'start it by "spawn" or "forkserver", or fork before the first request'
+        )
 
 
 def _lost(url: str, reason: str) -> WriteConflictError:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import resource
 import shutil
+import signal
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -200,6 +202,23 @@ def test_changed_since_listing(options: StoreOptions, way: str, s3: Bucket) -> N
     with pytest.raises(ObjectChangedError, match=r"a\.tar.*list again"):
         store.read_into(info, 0, memoryview(bytearray(5)))
     store.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork")
+def test_requests_of_a_forked_child_are_refused_and_do_not_hang(options: StoreOptions, s3: Bucket) -> None:
+    url = s3.put("a", b"a")
+    attempt("head", url, options)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        status = 1
+        try:
+            attempt("head", url, options)
+        except StoreError as error:
+            status = 0 if "was forked from one that had asked a store" in str(error) else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize("way", ["direct", "obstore"])
