@@ -24,7 +24,7 @@ from fastload.checkpoint.foreign import INDEX
 from fastload.checkpoint.gathering import Bytes, gather, size_of, stored_order
 from fastload.checkpoint.records import Contents
 from fastload.checkpoint.segments import DTYPES, PAGE_BYTES
-from fastload.errors import ConfigError, FastloadError
+from fastload.errors import ConfigError, FastloadError, StoreError
 
 _LAST = (INDEX, ".metadata")
 SHARD_BYTES = 5 << 30  # as the Hub's own tools have it
@@ -140,6 +140,20 @@ def _appearing(path: Path) -> Iterator[Any]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def written_to(target: str) -> Iterator[None]:
+    """What the disk answers within the block is a `StoreError` that names the target."""
+    try:
+        yield
+    except FastloadError:
+        raise
+    except OSError as error:
+        which = f" ({error.filename})" if error.filename else ""
+        raise StoreError(
+            f"{target} cannot be written: {error.strerror or error}{which}; make room there, or name another"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -22,7 +23,7 @@ from fastload.checkpoint.gathering import size_of, wanted
 from fastload.checkpoint.reading import read
 from fastload.checkpoint.records import Contents
 from fastload.checkpoint.values import array_of, decoded, dtype_of, paths_of
-from fastload.errors import CheckpointError
+from fastload.errors import CheckpointError, FastloadError
 
 
 def to_dcp(
@@ -69,8 +70,24 @@ def to_dcp(
 
     writer = FileSystemWriter(path, thread_count=1)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")  # which is meant
-        save(unflatten(leaves), storage_writer=writer, planner=Fetching(), no_dist=True)
+        # Both are meant.
+        warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
+        warnings.filterwarnings("ignore", "Detected an existing checkpoint")
+        try:
+            save(unflatten(leaves), storage_writer=writer, planner=Fetching(), no_dist=True)
+        except CheckpointException as error:
+            raise _cause(error) from error
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    """What the store or the disk has answered, which torch's writer may hide; `error` itself if it is neither."""
+    for failed, _ in error.failures.values():
+        cause: BaseException | None = failed
+        while cause is not None:
+            if isinstance(cause, FastloadError | OSError):
+                return cause
+            cause = cause.__cause__ or cause.__context__
+    return error
 
 
 def _below(path: Path, part: str) -> Path | None:

@@ -168,7 +168,8 @@ def export(
     console = Console(stderr=True)
     is_here = scheme(normalise(target)) == "file"
     path_of = nullcontext(Path(normalise(target))) if is_here else exporting.sent(target, kind, overwrite=overwrite)
-    with found(url) as (place, there), path_of as path, shown(console, "exporting") as bar:
+    written = exporting.written_to(target)
+    with written, found(url) as (place, there), path_of as path, shown(console, "exporting") as bar:
         if kind == "dcp":
             from fastload.checkpoint.to_dcp import to_dcp
 

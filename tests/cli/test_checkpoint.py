@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +171,31 @@ def test_an_export_that_fails_leaves_nothing(run: Run, tmp_path: Path) -> None:
     said = text("export", run.step_url(1), tmp_path / "out" / "m.safetensors", code=exits.DAMAGED)
     assert "is damaged" in said
     assert list((tmp_path / "out").iterdir()) == []
+    said = text("export", run.step_url(1), tmp_path / "dcp", "--to=dcp", code=exits.DAMAGED)
+    assert "is damaged" in said
     said = text("export", run.step_url(10), tmp_path / "m.safetensors", "--part=modell", code=exits.FAILED)
     assert "has no tensor below 'modell'" in said
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_an_export_to_where_nothing_can_be_written_says_why(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder.safetensors").mkdir()
+    for target, *options in (("folder.safetensors", "--overwrite"), ("file",), ("file", "--to=dcp")):
+        said = text("export", run.step_url(10), tmp_path / target, *options, code=exits.FAILED)
+        assert f"{tmp_path / target} cannot be written: " in said.replace("\n", "")
+    # A disk that is full, which torch's writer reports as a position that it did not expect.
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystem.create_stream", full)
+    said = text("export", run.step_url(10), tmp_path / "dcp", "--to=dcp", code=exits.FAILED)
+    assert f"{tmp_path / 'dcp'} cannot be written: No space left on device" in said.replace("\n", "")
+
+
+@contextmanager
+def full(*_: Any) -> Iterator[Any]:
+    with open("/dev/full", "wb", buffering=0) as file:
+        yield file
 
 
 def test_pruning(run: Run, tmp_path: Path) -> None:
