@@ -268,7 +268,7 @@ def _fill(place: Place, there: Contents, into: dict[str, Any], copies: Copies, a
             dtype, shape = there.tensors[name]
             _check_fits(place.folder + name, dtype_of(dtype, place.folder, name), shape, torch.strided, leaf)
             tensors[name] = leaf.detach()
-    straight = {name: tensor for name, tensor in tensors.items() if tensor.is_cpu and tensor.is_contiguous()}
+    straight = {name: tensor for name, tensor in tensors.items() if _has_bytes_as_stored(tensor)}
     beside = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items() if name not in straight
     }
@@ -291,6 +291,10 @@ def _fill(place: Place, there: Contents, into: dict[str, Any], copies: Copies, a
             leaf.detach().copy_(value)
         else:
             put(into, path, value)
+
+
+def _has_bytes_as_stored(tensor: torch.Tensor) -> bool:
+    return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _check_fillable(name: str, leaf: torch.Tensor) -> None:

@@ -121,9 +121,12 @@ class Upload:
             return sock.send(self._body[at : at + _STEP_BYTES])
         fd, start = place
         try:
-            return os.sendfile(sock.fileno(), fd, start + at, min(_STEP_BYTES, len(self._body) - at))
+            sent = os.sendfile(sock.fileno(), fd, start + at, min(_STEP_BYTES, len(self._body) - at))
         except BlockingIOError:
             return 0
+        if not sent:
+            raise OSError(f"the file that is sent has become shorter than {start + at} bytes")
+        return sent
 
 
 def _head(target: str, headers: Mapping[str, str]) -> bytes:

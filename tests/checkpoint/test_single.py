@@ -187,6 +187,11 @@ def test_lazily_conjugated_tensors(tmp_path: Path) -> None:
     found = checkpoint.load(tmp_path / "1")
     assert found["conj"].tolist() == [1 - 2j]
     assert found["imag"].tolist() == [-2.0]
+    tensor.zero_()
+    checkpoint.load(
+        tmp_path / "1", into={"conj": tensor.conj(), "imag": torch.zeros(1, dtype=torch.complex64).conj().imag}
+    )
+    assert tensor.tolist() == [1 + 2j]
 
 
 def test_a_state_is_filled_in_place(url: str) -> None:
