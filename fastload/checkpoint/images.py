@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import fcntl
 import gc
+import logging
 import math
 import mmap
 import os
@@ -34,6 +35,8 @@ from fastload.checkpoint.segments import PAGE_BYTES
 from fastload.errors import FastloadError, WaitTimeoutError
 from fastload.lifecycle import call_later, on_drop
 
+_log = logging.getLogger("fastload.checkpoint")
+
 _IMAGES_MAX = 2
 # How long an image is kept for the next save.
 _IDLE_S = 600.0
@@ -42,6 +45,8 @@ _GRAIN_BYTES = 4 << 20
 _SOON_S = 0.1
 # How often is looked for what only garbage refers to.
 _LOOK_S = 1.0
+# A wait for states that others hold is said in the log when it has taken so long.
+_SAID_AFTER_S = 10.0
 # The deadline of a wait in the background.
 _PATIENCE_S = 10.0
 _POPULATE_WRITE = 23  # of madvise; Linux 5.14
@@ -153,6 +158,7 @@ class Images:
         if byte_count > room_bytes:
             return None
         deadline = time.monotonic() + timeout_s
+        said_at = time.monotonic() + _SAID_AFTER_S
         may_come_soon = True
         while True:
             with self._changed:
@@ -177,6 +183,9 @@ class Images:
             elif not waits_for_states:
                 return None
             else:  # another thread fills it, or waits for it; or a state is in it
+                if time.monotonic() >= said_at:
+                    said_at = math.inf
+                    _log.warning("this save waits for memory: %s", self._in_the_way())
                 self._await_change(deadline, timeout_s)
         if not is_watched:
             arguments = weakref.ref(self), self._ended
@@ -196,12 +205,16 @@ class Images:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 raise WaitTimeoutError(
-                    f"gave up after {timeout_s:g} s waiting for memory to save to: other threads fill it, or states "
-                    f"that were staged are still in use ({len(self._lent)}); wait for the futures of earlier saves, "
-                    "and drop those that failed"
+                    f"gave up after {timeout_s:g} s waiting for memory to save to: {self._in_the_way()}"
                 )
             if self._returned.empty():
                 self._changed.wait(min(left_s, _LOOK_S))
+
+    def _in_the_way(self) -> str:
+        return (
+            f"other threads fill it, or states that were staged are still in use ({len(self._lent)}); wait for the "
+            "futures of earlier saves, and drop those that failed"
+        )
 
     def lend(self, image: Image) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
         """All of one that was taken. It is not filled again while something refers to the array; where it was not

@@ -64,7 +64,8 @@ def _wanted(source: Object, start: int, target: torch.Tensor, dtype: torch.dtype
     """Straight to its place where that is possible; else by way of a buffer."""
     elements = extent(strides, tuple(target.shape))
     is_dense = elements == target.numel() and _in_order(strides, tuple(target.shape))
-    if is_dense and type(target) is torch.Tensor and target.is_cpu and target.dtype == dtype and target.is_contiguous():
+    is_plain = type(target) is torch.Tensor and target.is_cpu and not target.is_conj() and not target.is_neg()
+    if is_dense and is_plain and target.dtype == dtype and target.is_contiguous():
         return Wanted(source, start, bytes_of(target), lambda: None)
     apart = torch.empty(elements, dtype=dtype)
 

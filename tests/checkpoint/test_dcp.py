@@ -209,7 +209,10 @@ def copied(images: Images, state: dict[str, Any], timeout_s: float = PATIENCE_S)
     return stage(state, Layout.of(state), images, 1 << 30, timeout_s)
 
 
-def test_memory_is_used_again_and_does_not_grow() -> None:
+def test_memory_is_used_again_and_does_not_grow(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fastload.checkpoint.images._SAID_AFTER_S", 0.0)
     images = Images()
     address = copied(images, {"w": torch.ones(2000)})["w"].data_ptr()
     smaller = copied(images, {"w": torch.ones(100), "b": torch.zeros(3)})
@@ -218,6 +221,7 @@ def test_memory_is_used_again_and_does_not_grow() -> None:
     assert not address <= other["w"].data_ptr() < address + (1 << 20)
     with pytest.raises(WaitTimeoutError, match=r"gave up after 0\.1 s .*states .* staged are still in use \(2\)"):
         copied(images, {"w": torch.ones(1)}, 0.1)
+    assert caplog.text.count("this save waits for memory: ") == 1
     kept = smaller["b"]  # one tensor keeps all of it
     del smaller
     with pytest.raises(WaitTimeoutError, match="wait for the futures"):
@@ -490,6 +494,15 @@ ODD_TENSORS = {
     "scalar": torch.tensor(3.0),
     "none": torch.zeros(0, 3),
 }
+
+
+def test_conjugated_views_are_filled(tmp_path: Path) -> None:
+    saved = torch.tensor([1 + 2j, 3 - 1j], dtype=torch.complex64)
+    checkpoint.save({"conj": saved, "imag": saved.imag}, tmp_path / "1")
+    below = torch.zeros(2, dtype=torch.complex64), torch.zeros(2, dtype=torch.complex64)
+    dcp.load({"conj": below[0].conj(), "imag": below[1].conj().imag}, storage_reader=Reader(tmp_path / "1"))
+    assert below[0].tolist() == [1 - 2j, 3 + 1j]
+    assert below[1].imag.tolist() == [-2.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ODD_TENSORS)
