@@ -169,7 +169,8 @@ def sent(url: str, kind: str, *, overwrite: bool) -> Iterator[Path]:
         if not overwrite and (name in there if is_file else there):
             raise ConfigError(f"{url} is there already; name another URL, or pass --overwrite")
         path = Path(folder) / name
-        yield path
+        with written_to(f"{url}: {path}, in TMPDIR,"):
+            yield path
         files = [path] if is_file else sorted(path.iterdir(), key=lambda each: (each.name in _LAST, each.name))
         new: list[str] = []
         try:

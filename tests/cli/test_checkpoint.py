@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -190,6 +192,18 @@ def test_an_export_to_where_nothing_can_be_written_says_why(
     monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystem.create_stream", full)
     said = text("export", run.step_url(10), tmp_path / "dcp", "--to=dcp", code=exits.FAILED)
     assert f"{tmp_path / 'dcp'} cannot be written: No space left on device" in said.replace("\n", "")
+
+
+def test_an_export_to_a_store_says_that_temporary_files_have_no_room(
+    s3: Bucket, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.posix_fallocate", no_room)
+    said = text("export", run.step_url(10), f"{s3.url}/out", code=exits.FAILED).replace("\n", "")
+    assert f"{s3.url}/out: " in said
+    assert "in TMPDIR, cannot be written: No space left on device" in said
 
 
 @contextmanager
