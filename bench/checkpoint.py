@@ -2,6 +2,7 @@
 
     python -m bench.checkpoint                    # 2 GB of float32, five rounds: some minutes
     python -m bench.checkpoint --quick            # an eighth of it, two rounds: a look
+    python -m bench.checkpoint --peer             # beside s3torchconnector (pip install 'fastload[bench]'), 0.3 GB
 
 Everything is measured in turn within a round, and is a ratio within it; figures are medians over rounds. The store is a
 sink (`bench.sink`), which costs little, on this machine.
@@ -12,6 +13,11 @@ bytes into memory that was used before: the limit. torch's own calls save to a f
 *upload*: CPU-seconds of trainer and service a GB, of those of obstore's `put` of as many bytes, four at a time.
 Then, with the sink taking no more than 200 MB/s in all, the rate from when the service has the memory to the commit.
 *starting again*: `checkpoint.load(into=)` of what the service's memory has, of the time of the copy.
+*a training thread*: how long its steps (some products of matrices) take while a save goes on, after the call has
+returned, of what they take with nothing beside them; and so beside torch's `async_save` to a file.
+*the peer*: to and from one real server (SeaweedFS, behind `bench.proxy`, which counts), s3torchconnector's
+`S3StorageWriter` and `S3StorageReader` in torch's calls, and ours: `dcp.save` with `until="memory"`, and `dcp.load`
+without anything of it on the node.
 """
 
 from __future__ import annotations
@@ -21,13 +27,14 @@ import contextlib
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,18 +43,22 @@ from typing import Any
 import obstore
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 import fastload
+from bench.proxy import Profile, Proxy
 from bench.targets import Figure, show
 from fastload import checkpoint
 from fastload.bench.measure import cpu_s, die_with_parent
+from fastload.demo.weed import REGION, WeedServer
 
 TENSORS = 32
 KEYS: dict[str, Any] = {"access_key_id": "bench", "secret_access_key": "bench", "region": "us-east-1"}
 _WRITE_BYTES = 16 << 20
 _SEGMENT_BYTES = 256 << 20
 _CAP_BYTES_PER_S = 200_000_000
+_PEER_GB = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +85,14 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="an eighth of the bytes, two rounds")
+    parser.add_argument("--peer", action="store_true", help="beside s3torchconnector only")
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache", help="on the disk that is measured")
     options = parser.parse_args()
     gb, rounds = (options.gb / 8, 2) if options.quick else (options.gb, options.rounds)
     print(f"load before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     options.folder.mkdir(parents=True, exist_ok=True)
+    if options.peer:
+        sys.exit(show(f"{_PEER_GB:g} GB of float32 to SeaweedFS", beside_the_peer(rounds)))
     with tempfile.TemporaryDirectory(prefix="fastload-bench-", dir=options.folder) as folder, sink() as (url, pid):
         state = {f"layer.{n}.weight": torch.rand(int(gb * 1e9 / 4 / TENSORS)) for n in range(TENSORS)}
         sys.exit(show(f"{gb:g} GB of float32", measure(Setting(state, Path(folder), url, pid), rounds)))
@@ -119,6 +133,8 @@ def measure(setting: Setting, rounds: int) -> list[Figure]:
         Figure("obstore's put", "CPU-s a GB", taken["obstore cpu a GB"]),
         Figure("the upload", "times obstore's rate, four at a time", taken["upload rate"]),
         Figure("the upload, of a cap of 200 MB/s", "", taken["upload capped"], at_least=0.95),
+        Figure("a training step beside a save, median", "times alone", taken["step"], at_most=1.1),
+        Figure("the same, p99, of that beside async_save", "", taken["step p99"], at_most=0.5),
         Figure("starting again", "times a copy", taken["again"], at_most=1.5),
         Figure("starting again, from the store", "bytes of tensors", taken["again bytes"], at_most=0),
     ]
@@ -173,6 +189,7 @@ def one_round(setting: Setting, into: dict[str, torch.Tensor], number: int, take
     taken["upload rate"].append(puts_s / upload_s)
     taken["upload capped"].append(byte_count / _CAP_BYTES_PER_S / capped_s)
     taken["again"].append(again_s / copy)
+    beside_steps(setting, number, taken)
 
 
 def copy_s(state: dict[str, torch.Tensor], into: dict[str, torch.Tensor]) -> float:
@@ -214,6 +231,100 @@ def dcp_async_save_s(state: dict[str, torch.Tensor], folder: Path) -> float:
     done.result()
     shutil.rmtree(folder)
     return took_s
+
+
+def beside_steps(setting: Setting, number: int, taken: dict[str, list[float]]) -> None:
+    """How long steps take: alone, beside a save of ours to disk and store, and beside torch's to a file."""
+    one, other = torch.rand(256, 256), torch.rand(256, 256)
+
+    def steps(goes_on: Callable[[], bool]) -> list[float]:
+        found = []
+        while goes_on():
+            began = time.perf_counter()
+            for _ in range(4):
+                other.copy_(one @ one)
+            found.append(time.perf_counter() - began)
+        return found
+
+    threads, end = torch.get_num_threads(), time.perf_counter() + 2
+    torch.set_num_threads(1)
+    try:
+        alone = steps(lambda: time.perf_counter() < end)
+        with fastload.Cache(setting.folder / f"steps{number}", ram_bytes="64MiB", disk_bytes=0) as cache:
+            url = f"s3://bench/steps{number}"
+            saving = checkpoint.save(setting.state, url, until="memory", cache=cache, storage_options=setting.options)
+            ours = steps(lambda: not saving.done("store"))
+        future: Any = async_save(setting.state, storage_writer=FileSystemWriter(setting.folder / "steps"), no_dist=True)
+        theirs = steps(lambda: not getattr(future, "upload_completion", future).done())
+    finally:
+        torch.set_num_threads(threads)
+        shutil.rmtree(setting.folder / "steps", ignore_errors=True)
+    taken["step"].append(statistics.median(ours) / statistics.median(alone))
+    taken["step p99"].append(statistics.quantiles(ours, n=100)[-1] / statistics.quantiles(theirs, n=100)[-1])
+
+
+def beside_the_peer(rounds: int) -> list[Figure]:
+    """Both save to one server and load from it, in turn."""
+    from s3torchconnector import S3ClientConfig
+    from s3torchconnector._s3client import S3Client
+    from s3torchconnector.dcp import S3StorageReader, S3StorageWriter
+    from s3torchconnector.dcp.s3_file_system import S3FileSystem
+
+    taken: dict[str, list[float]] = defaultdict(list)
+    state = {f"layer.{n}.weight": torch.rand(1024, int(_PEER_GB * 1e9 / 4 / 8 / 1024)) for n in range(8)}
+    byte_count = sum(tensor.nbytes for tensor in state.values())
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastload-bench-")))
+        weed = stack.enter_context(WeedServer(folder / "store"))
+        weed.make_bucket("bench")
+        proxy = stack.enter_context(Proxy(weed.endpoint_url, Profile()))
+        os.environ |= {"AWS_ACCESS_KEY_ID": weed.access_key_id, "AWS_SECRET_ACCESS_KEY": weed.secret_access_key}
+        cache = stack.enter_context(fastload.Cache(folder / "cache", ram_bytes="64MiB", disk_bytes=0))
+        service = int(cache.stats()["pid"])
+        mine: dict[str, Any] = {"cache": cache, "storage_options": {"endpoint_url": proxy.url, "region": REGION}}
+        config = S3ClientConfig(force_path_style=True)
+
+        def theirs(kind: Any, url: str) -> Any:
+            made = kind(REGION, url, config)
+            made.fs = S3FileSystem(REGION, S3Client(REGION, endpoint=proxy.url, s3client_config=config))
+            return made
+
+        def cost(name: str, do: Callable[..., Any], *values: Any, **named: Any) -> None:
+            def spent() -> float:
+                return cpu_s([os.getpid(), service]) - cpu_s([proxy.pid, *([weed.pid] if weed.pid is not None else [])])
+
+            sent, cpu, began = proxy.counters()["body_bytes"], spent(), time.perf_counter()
+            do(*values, **named, no_dist=True)
+            taken[f"{name} s"].append(time.perf_counter() - began)
+            taken[f"{name} cpu"].append(spent() - cpu)
+            taken[f"{name} bytes"].append((proxy.counters()["body_bytes"] - sent) / byte_count)
+
+        into = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+        for number in range(rounds + 1):
+            url = f"s3://bench/{number}/"
+            writer = checkpoint.Writer(f"{url}ours", until="memory", **mine)
+            cost("save", save, state, storage_writer=writer)
+            assert writer.saving is not None
+            writer.saving.wait("store")
+            cost("their save", save, state, storage_writer=theirs(S3StorageWriter, f"{url}theirs"))
+            # Nothing of it is in that cache.
+            reader = checkpoint.Reader(f"{url}ours", **{**mine, "cache": folder / "none"})
+            cost("load", load, into, storage_reader=reader)
+            assert all(tensor.equal(into[name]) for name, tensor in state.items())
+            cost("their load", load, into, storage_reader=theirs(S3StorageReader, f"{url}theirs"))
+        if rounds:  # the first round, in which everything starts, does not count
+            taken = defaultdict(list, {name: values[1:] for name, values in taken.items()})
+
+    def ratio(one: str, other: str) -> list[float]:
+        return [mine / yours for mine, yours in zip(taken[one], taken[other], strict=True)]
+
+    return [
+        Figure("stall of dcp.save, of s3torchconnector's", "", ratio("save s", "their save s"), at_most=1 / 20),
+        Figure("dcp.load, times as fast", "", ratio("their load s", "load s"), at_least=3),
+        Figure("CPU time of dcp.load, of theirs", "", ratio("load cpu", "their load cpu"), at_most=1 / 5),
+        Figure("remote bytes of dcp.load", "of the tensors", taken["load bytes"], at_most=1.02),
+        Figure("theirs", "of the tensors", taken["their load bytes"]),
+    ]
 
 
 def upload_cost(setting: Setting, name: str) -> tuple[float, float]:

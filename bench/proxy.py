@@ -195,6 +195,8 @@ class Connection:
         if self._store is None:
             self._store = _connection(socket.create_connection(self._store_address, timeout=10))
         left = head.byte_count + int(head.headers.get("content-length", "0"))
+        if "expect" in head.headers:
+            yield from _send(self._client, b"HTTP/1.1 100 Continue\r\n\r\n")
         while True:
             yield from _send(self._store, received)
             self._server.counters.request_bytes += len(received)
@@ -207,6 +209,8 @@ class Connection:
         """Pass one response on; the bytes of its body."""
         store.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
         head, received = yield from self._read_head(store, b"")
+        while head.second == "100":  # the client has had it from here, before the store had to say it
+            head, received = yield from self._read_head(store, received[head.byte_count :])
         body = response_body(head, request.first)
         body_bytes = body.feed(received[head.byte_count :])
         yield from self._pass_bytes(received)

@@ -16,6 +16,7 @@ import pytest
 from obstore.store import S3Store
 
 from bench.proxy import GRANT_BYTES, SLACK_S, Profile, Proxy, RateClock
+from fastload.store import StoreOptions, open_store
 from tests.conftest import Bucket
 from tests.patience import PATIENCE_S
 
@@ -69,6 +70,18 @@ def test_an_upload_passes_unchanged(s3: Bucket, proxy: Proxy) -> None:
     data = os.urandom(300_001)
     obstore.put(_store(s3, proxy.url), "up", data)
     assert bytes(obstore.get(_store(s3, s3.server.endpoint_url), "up").bytes()) == data
+
+
+def test_a_client_that_asks_before_its_body_is_told_to_go_on_and_gets_the_answer(s3: Bucket, proxy: Proxy) -> None:
+    data = os.urandom(3 << 20)
+    options = StoreOptions.from_environment({"endpoint_url": proxy.url})
+    store = open_store(f"s3://{s3.name}/", options)
+    try:
+        for name in ("one", "two"):  # over one connection
+            store.put(f"s3://{s3.name}/{name}", data)
+    finally:
+        store.close()
+    assert bytes(obstore.get(_store(s3, s3.server.endpoint_url), "two").bytes()) == data
 
 
 def test_a_missing_object_stays_missing_and_its_connection_useful(s3: Bucket, proxy: Proxy) -> None:
