@@ -146,6 +146,7 @@ def test_packed_shards_are_measured_as_the_store_has_them(tmp_path: Path) -> Non
     assert "(packed " in done.stderr
 
 
+@pytest.mark.thorough
 def test_decoders_are_measured_on_columns_that_some_samples_lack_of_a_format_that_is_named(tmp_path: Path) -> None:
     lines = b"".join(b'{"id": %d%s}\n' % (number, b', "n": 1' * (number % 2)) for number in range(40))
     (tmp_path / "data.txt").write_bytes(lines)

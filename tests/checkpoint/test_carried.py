@@ -432,7 +432,7 @@ def test_the_next_service_does_not_store_what_is_damaged_and_deletes_nothing(
         load(url)
 
 
-@pytest.mark.parametrize("level", ["memory", "disk"])
+@pytest.mark.parametrize("level", ["memory", pytest.param("disk", marks=pytest.mark.thorough)])
 def test_a_save_that_does_not_wait_for_the_store_does_not_need_it(
     s3: Bucket, gate: Gate, cache: fastload.Cache, level: Any
 ) -> None:
